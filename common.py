@@ -1,0 +1,793 @@
+"""What all the scripts need and no paper is about: processes, images, the schedule, checkpoints, logs.
+
+Nothing here knows a model or a loss. In the order of a run:
+
+    run(main)                          errors as one line, signals, exit statuses
+    init_processes()                   torchrun's ranks or a single process, GPU or CPU
+    load_data(args, transform)         ImageNet folders, CIFAR, or shapes drawn in memory
+    train_loader, val_loader           every image once an epoch, shards without overlap
+    parameter_groups, learning_rate    AdamW's groups; warm-up and cosine
+    Epoch                              an epoch's batches, update steps, and its line in the log
+    evaluate                           top-1 and top-5 over all ranks
+    save_checkpoint, load_checkpoint   whole or not at all; read without running code
+    open_run, log_epoch                --out, --resume, log.jsonl
+    *_flags, check_flags               the command line that all scripts share
+"""
+
+import argparse
+import contextlib
+import functools
+import json
+import math
+import os
+import pickle
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import distributed as dist
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import datasets
+from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
+
+# ImageNet's channel statistics, for every data set: all released teachers expect them.
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+DRY_RUN_STEPS = 20
+SCRIPT = Path(sys.argv[0]).name
+# What a resumed run may change: nothing of it alters the result.
+FREE_ON_RESUME = {"data", "data_root", "teacher_weights", "out", "resume", "workers", "micro_batch",
+                  "eval_every", "compile", "dry_run"}
+
+
+# ------------------------------------------------------------------ errors, signals, processes
+
+
+class Abort(Exception):
+    """Ends the program with one line on stderr and `status`: 2 wrong input, 1 training failed,
+    143 / 130 stopped by SIGTERM / SIGINT."""
+
+    def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line, printed once however many ranks there are."""
+
+    def __init__(self, description):
+        super().__init__(description=description, formatter_class=argparse.RawTextHelpFormatter,
+                         allow_abbrev=False)
+
+    def error(self, message):
+        raise Abort(f"{message} (see --help)")
+
+
+_received_signal = None  # set while training: the step under way is finished first
+
+
+def _stop_at_once(number, frame):
+    raise Abort(f"stopped by {signal.Signals(number).name}", 128 + number)
+
+
+def _stop_after_step(number, frame):
+    global _received_signal
+    _received_signal = number
+
+
+def stop_signals(handler):
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, handler)
+
+
+def run(main):
+    """Run a script's main() and turn Abort into one line on stderr and its exit status."""
+    stop_signals(_stop_at_once)
+    try:
+        main()
+    except Abort as abort:
+        if local_rank() == 0:
+            kind = "" if abort.status > 128 else "error: "
+            print(f"{SCRIPT}: {kind}{abort}", file=sys.stderr, flush=True)
+        sys.exit(abort.status)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def init_processes():
+    """Join torchrun's process group if there is one. Returns this process's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank() >= torch.cuda.device_count():
+            raise Abort(f"process {local_rank()} has no GPU: this machine has "
+                        f"{torch.cuda.device_count()}; lower --nproc_per_node")
+        device = torch.device("cuda", local_rank())
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                device_id=device if device.type == "cuda" else None)
+    return device
+
+
+def local_rank():
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def all_reduce(values, device, op=dist.ReduceOp.SUM):
+    """A list of numbers, reduced over all processes (float64)."""
+    values = torch.tensor(values, dtype=torch.float64, device=device)
+    if dist.is_initialized():
+        dist.all_reduce(values, op)
+    return values.tolist()
+
+
+def rank_zero_first(load):
+    """load(), on rank 0 (which may download) before the others; if rank 0 aborts, all do."""
+    result, failure = None, [None]
+    if rank() == 0:
+        try:
+            result = load()
+        except Abort as abort:
+            failure = [str(abort)]
+    if dist.is_initialized():
+        dist.broadcast_object_list(failure, src=0)
+    if failure[0]:
+        raise Abort(failure[0])
+    return result if rank() == 0 else load()
+
+
+def say(text):
+    if rank() == 0:
+        tqdm.write(text)
+        sys.stdout.flush()
+
+
+def warn(text):
+    if rank() == 0:
+        print(f"{SCRIPT}: warning: {text}", file=sys.stderr, flush=True)
+
+
+def seed_all(*numbers):
+    """Seed torch from e.g. (seed, epoch, rank): every tuple has unrelated random numbers."""
+    torch.manual_seed(mix_seed(*numbers))
+
+
+def mix_seed(*numbers):
+    """One 63-bit seed from several non-negative numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+# ------------------------------------------------------------------ images
+
+
+def train_transform(image_size, scale=(0.08, 1.0), rand_augment=0, random_erasing=0.0):
+    """PIL image -> normalised float (3, S, S): crop, flip, RandAugment (2 operations), erasing."""
+    fill = [round(255 * channel) for channel in MEAN]
+    steps = [v2.RandomResizedCrop(image_size, scale, interpolation=InterpolationMode.BICUBIC),
+             v2.RandomHorizontalFlip()]
+    if rand_augment:
+        # The recipe counts magnitudes in tenths of each operation's range: 0, 1, ..., 10.
+        steps.append(v2.RandAugment(2, rand_augment, num_magnitude_bins=11, fill=fill,
+                                    interpolation=InterpolationMode.BICUBIC))
+    steps += normalize()
+    if random_erasing:
+        steps.append(v2.RandomErasing(random_erasing, value="random"))
+    return v2.Compose(steps)
+
+
+def val_transform(image_size):
+    """PIL image -> normalised float (3, S, S): short side to 256/224 of S bicubic, centre crop."""
+    short_side = round(image_size * 256 / 224)
+    return v2.Compose([v2.Resize(short_side, interpolation=InterpolationMode.BICUBIC),
+                       v2.CenterCrop(image_size), *normalize()])
+
+
+def normalize():
+    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+
+
+class Photos(Dataset):
+    """A torchvision data set whose randomness and faults are under control.
+
+    Items are asked for by key = epoch * len + index and are (image, label, unreadable). The
+    augmentation is seeded by (seed, key) alone: neither the number of workers and processes nor a
+    resume changes an image. An unreadable file is named once, counted (`unreadable` = how many
+    were passed over) and replaced by the next readable one.
+    """
+
+    def __init__(self, base, transform, seed=0, indices=None):
+        self.base, self.transform, self.seed = base, transform, seed
+        self.indices = np.arange(len(base)) if indices is None else indices
+        self.named = torch.zeros(len(base), dtype=torch.bool).share_memory_()  # by all workers
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, key):
+        for unreadable in range(len(self)):
+            index = int(self.indices[(key + unreadable) % len(self)])
+            try:
+                image, label = self.base[index]
+                break
+            except Exception as error:  # noqa: BLE001 - decoders raise whatever they like
+                if not self.named[index]:
+                    self.named[index] = True
+                    print(f"{SCRIPT}: unreadable image, replaced by the next: "
+                          f"{self.base.samples[index][0]} ({error})", file=sys.stderr, flush=True)
+        else:
+            raise RuntimeError("not one image is readable")
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(mix_seed(self.seed, key))
+            return self.transform(image), label, unreadable
+
+
+class Shapes(Dataset):
+    """Ten classes drawn in memory: disk, square, triangle, ring, cross x plain, striped.
+
+    Colours, size, place and tilt are random, from (seed, split, key) alone; since key = epoch *
+    len + index, each epoch of the training split has fresh images. The validation split is fixed.
+    """
+
+    def __init__(self, split, image_size, length, seed=0):
+        self.length, self.size = length, image_size
+        self.key = (seed, 0) if split == "train" else (0, 1)
+
+    def __len__(self):
+        return self.length
+
+    def __getitems__(self, keys):
+        r = torch.stack([torch.rand(17, generator=torch.Generator().manual_seed(
+            mix_seed(*self.key, key))) for key in keys])                        # (B, 17) in [0, 1)
+        label = torch.tensor(keys) % self.length % 10
+        shape, striped = label // 2, label % 2
+        axis = torch.linspace(-1, 1, self.size)
+        radius, tilt = 0.55 + 0.2 * r[:, 0], 2 * math.pi * r[:, 1]
+        x = (axis - 0.4 * (r[:, 2, None] - 0.5))[:, None, :]                    # (B, 1, S)
+        y = (axis - 0.4 * (r[:, 3, None] - 0.5))[:, :, None]                    # (B, S, 1)
+        cos, sin, radius = (t[:, None, None] for t in (tilt.cos(), tilt.sin(), radius))
+        u, v = (cos * x + sin * y) / radius, (cos * y - sin * x) / radius       # (B, S, S)
+        far, near = torch.maximum(u.abs(), v.abs()), torch.minimum(u.abs(), v.abs())
+        disk = u.square() + v.square()
+        inside = torch.stack([disk < 1,                                         # (5, B, S, S)
+                              far < 0.85,
+                              torch.maximum(v, 0.87 * u.abs() - 0.5 * v) < 0.55,
+                              (disk < 1) & (disk > 0.35),
+                              (far < 1) & (near < 0.3)])
+        inside = inside[shape, torch.arange(len(keys))][:, None]                # (B, 1, S, S)
+        stripe = ((9 * u + 6 * r[:, 4, None, None]).sin() > 0) & (striped == 1)[:, None, None]
+        colours = torch.arange(3)[:, None] / 3 + 0.15 * r[:, 5:14].view(-1, 3, 3)
+        colours = (colours + r[:, 14:17, None].transpose(1, 2)) % 1   # (B, 3 colours, 3): all differ
+        ground, colour, second = colours[..., None, None].unbind(1)             # (B, 3, 1, 1) each
+        images = torch.where(inside, torch.where(stripe[:, None], second, colour), ground)
+        images = (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
+        return list(zip(images, label.tolist(), [0] * len(keys)))
+
+
+def class_balanced_subset(labels, fraction):
+    """Indices of the first `fraction` of a fixed shuffle of each class: 0.25 is a subset of 0.5."""
+    labels = np.asarray(labels)
+    members = [np.random.default_rng([0, c]).permutation(np.flatnonzero(labels == c))
+               for c in np.unique(labels)]
+    return np.sort(np.concatenate([m[:max(1, round(fraction * len(m)))] for m in members]))
+
+
+def load_data(args, transform):
+    """(training set, validation set, number of classes) of --data; raises Abort if it isn't there.
+
+    `transform` is the training transform; shapes are fresh every epoch and need none.
+    """
+    if args.data == "shapes":
+        length = max(10, round(4000 * args.data_fraction))
+        return (Shapes("train", args.image_size, length, args.seed),
+                Shapes("val", args.image_size, 1000), 10)
+    if args.data in ("cifar10", "cifar100"):
+        dataset = datasets.CIFAR10 if args.data == "cifar10" else datasets.CIFAR100
+        try:
+            train, val = (dataset(args.data_root, train=t, download=True) for t in (True, False))
+        except (OSError, RuntimeError) as error:
+            raise Abort(f"cannot download {dataset.url} to {args.data_root} ({error}); without a "
+                        f"network, unpack that file there, or give --data a folder")
+    else:
+        train, val = _image_folder(args.data, "train"), _image_folder(args.data, "val")
+        if train.classes != val.classes:
+            odd = sorted(set(train.classes) ^ set(val.classes))
+            raise Abort(f"the class folders of {args.data}/train and {args.data}/val differ: "
+                        f"{', '.join(odd[:5])} in only one of them ({len(odd)} in all)")
+    indices = class_balanced_subset(train.targets, args.data_fraction)
+    return (Photos(train, transform, args.seed, indices),
+            Photos(val, val_transform(args.image_size)), len(train.classes))
+
+
+def _image_folder(root, split):
+    folder = Path(root) / split
+    if not folder.is_dir():
+        raise Abort(f"no folder {folder}: --data must hold train/CLASS/* and val/CLASS/*, "
+                    f"or be one of cifar10, cifar100, shapes")
+    try:
+        return datasets.ImageFolder(folder)
+    except FileNotFoundError as error:
+        raise Abort(f"no images in {folder}: {error}")
+
+
+class ShardedBatches:
+    """Batch sampler: every image once an epoch, the same batches for any number of processes.
+
+    The epoch's permutation is cut into ceil(n / batch_size) batches that differ by one image at
+    most (no small last batch, none dropped), each batch into one share a process.
+    """
+
+    def __init__(self, length, batch_size, seed):
+        if length < world_size():
+            raise Abort(f"{length} training images are fewer than the {world_size()} processes")
+        self.length, self.seed, self.epoch = length, seed, 0
+        self.steps = math.ceil(length / batch_size)
+
+    def __len__(self):
+        return self.steps
+
+    def batch_images(self, step):
+        """Images of batch number `step` over all processes."""
+        return self.length // self.steps + (step < self.length % self.steps)
+
+    def __iter__(self):
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, self.epoch))
+        order = torch.randperm(self.length, generator=generator)
+        for batch in order.tensor_split(self.steps):
+            yield (self.epoch * self.length + batch.tensor_split(world_size())[rank()]).tolist()
+
+
+def _start_worker(worker):
+    # Ctrl-C and torchrun signal whole process groups. The step under way still needs its images:
+    # leave the group, and die of SIGTERM again (the handler is inherited from the parent).
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def _loader(dataset, args, **keywords):
+    workers = 0 if isinstance(dataset, Shapes) else args.workers  # faster to draw than to send
+    return DataLoader(dataset, num_workers=workers, worker_init_fn=_start_worker,
+                      pin_memory=torch.cuda.is_available(),
+                      generator=torch.Generator(),  # its own: the loop's random numbers stay put
+                      **keywords)
+
+
+def train_loader(dataset, args):
+    sampler = ShardedBatches(len(dataset), args.batch_size, args.seed)
+    workers = 0 if isinstance(dataset, Shapes) else args.workers
+    return _loader(dataset, args, batch_sampler=sampler, persistent_workers=workers > 0)
+
+
+def val_loader(dataset, args):
+    """This process's share of the validation images: every world_size-th, none twice."""
+    share = Subset(dataset, range(rank(), len(dataset), world_size()))
+    return _loader(share, args, batch_size=min(256, args.micro_batch))
+
+
+# ------------------------------------------------------------------ recipe
+
+
+def set_precision(amp, device):
+    """--amp -> (autocast, scaler): `with autocast():` around forward passes, a GradScaler."""
+    amp = amp or default_amp(device)
+    if device.type == "cpu":
+        # Measured here: the CPU's fused attention has a slow backward pass (bf16: 1.3 to 4 times
+        # the whole step at 17 to 197 tokens). scaled_dot_product_attention then takes plain matmuls.
+        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's too, despite the name
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=amp != "off")
+    return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+
+def default_amp(device):
+    """bf16 where the device multiplies it natively, else off."""
+    if device.type == "cuda":
+        native = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        cpuinfo = Path("/proc/cpuinfo")
+        flags = cpuinfo.read_text() if cpuinfo.exists() else ""
+        native = "avx512_bf16" in flags or "amx_bf16" in flags
+    return "bf16" if native else "off"
+
+
+def parameter_groups(module, weight_decay):
+    """AdamW groups: no weight decay on biases, norms, scales, tokens and position embeddings."""
+    groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
+    for name, parameter in module.named_parameters():
+        exempt = parameter.ndim <= 1 or name.endswith(("_token", "pos_embed"))
+        groups[exempt]["params"].append(parameter)
+    return [group for group in groups if group["params"]]
+
+
+def learning_rate(step, args, steps_per_epoch):
+    """Linear from 0 to lr over the warm-up epochs, then cosine to min_lr; `step` counts from 0."""
+    warmup = args.warmup_epochs * steps_per_epoch
+    if step < warmup:
+        return args.lr * (step + 1) / (warmup + 1)
+    progress = (step - warmup) / (args.epochs * steps_per_epoch - warmup)
+    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+class Epoch:
+    """One epoch: hands out its batches, updates the weights, keeps the books for log.jsonl.
+
+        books = Epoch(loader, epoch, args, device)
+        for images, target, parts in books.batches():
+            for part, weight, last in parts:      # micro-batches
+                ... losses = {"name": scalar}; (weight * sum of losses).backward()
+                books.add(losses, weight)
+            books.update(optimizer, scaler)
+
+    `weight` is the micro-batch's share of the whole batch times the number of processes, so that
+    gradients added up here and averaged by DistributedDataParallel are the whole batch's mean,
+    however it was divided.
+    """
+
+    bad_steps_in_a_row = 0  # over epochs, too
+
+    def __init__(self, loader, epoch, args, device):
+        self.loader, self.epoch, self.args, self.device = loader, epoch, args, device
+        self.step, self.images, self.unreadable, self.skipped = 0, 0, 0, 0
+        self.sums, self.step_losses = {}, {}
+        self.waited, self.step_ends, self.step_waits = 0.0, [], []
+        self.started = time.perf_counter()
+        stop_signals(_stop_after_step)
+
+    def batches(self):
+        self.bar = tqdm(total=DRY_RUN_STEPS if self.args.dry_run else len(self.loader),
+                        disable=None if rank() == 0 else True, leave=False,
+                        desc=f"epoch {self.epoch + 1}/{self.args.epochs}")
+        source = self._dry_run_source() if self.args.dry_run else self._source(self.epoch)
+        with self.bar:
+            for step, images, target, unreadable in source:
+                self.images += len(images)
+                self.unreadable += int(unreadable.sum())
+                total = self.loader.batch_sampler.batch_images(step)
+                ends = [*range(self.args.micro_batch, len(images), self.args.micro_batch),
+                        len(images)]
+                parts = [(slice(start, end), (end - start) * world_size() / total,
+                          end == len(images)) for start, end in zip([0, *ends], ends)]
+                yield (images.to(self.device, non_blocking=True),
+                       target.to(self.device, non_blocking=True), parts)
+
+    def _source(self, epoch):
+        self.loader.batch_sampler.epoch = epoch
+        mark = time.perf_counter()
+        for step, batch in enumerate(self.loader):
+            self.step_waits.append(time.perf_counter() - mark)
+            yield step, *batch
+            mark = time.perf_counter()
+
+    def _dry_run_source(self):
+        """5 steps to warm up; then, once the loader's queue is used up, so that a loader which
+        cannot keep pace shows, the 15 that are timed. Short epochs follow each other."""
+        endless = (batch for epoch in range(10**9) for batch in self._source(epoch))
+        for _ in range(5):
+            yield next(endless)
+        for _ in range(self.loader.num_workers * 2):
+            next(endless)
+        self.step_waits, self.timed_from = [], time.perf_counter()
+        for _ in range(DRY_RUN_STEPS - 5):
+            yield next(endless)
+
+    def add(self, losses, weight):
+        for name, loss in losses.items():
+            share = loss.detach().float() * weight
+            self.step_losses[name] = self.step_losses.get(name, 0) + share
+
+    def update(self, optimizer, scaler):
+        """Optimiser step, unless a loss was not finite on any rank (ten such in a row are an
+        error): all ranks agree, and agree on stopping for a signal too."""
+        scaler.unscale_(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf)
+        finite = sum(self.step_losses.values()).isfinite()
+        if not scaler.is_enabled():  # an fp16 overflow is the scaler's business
+            finite = finite & norm.isfinite()
+        flags = torch.stack([~finite, torch.tensor(_received_signal or 0, device=self.device)])
+        if dist.is_initialized():
+            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        bad, stop = flags.tolist()
+        if not bad:
+            scaler.step(optimizer)
+            for name, loss in self.step_losses.items():
+                self.sums[name] = self.sums.get(name, 0) + loss
+        scaler.update()
+        optimizer.zero_grad()
+        if not self.bar.disable:
+            self.bar.set_postfix({n: f"{float(v):.3g}" for n, v in self.step_losses.items()},
+                                 refresh=False)
+        self.bar.update()
+        self.step += 1
+        self.step_losses = {}
+        self.skipped += bad
+        Epoch.bad_steps_in_a_row = Epoch.bad_steps_in_a_row + 1 if bad else 0
+        if stop:
+            self.stop(stop)
+        if Epoch.bad_steps_in_a_row == 10:
+            raise Abort(f"the loss was not finite ten steps in a row (epoch {self.epoch + 1}, step "
+                        f"{self.step}); {self.kept()}; try a lower --lr or --amp off", 1)
+
+    def kept(self):
+        last = Path(self.args.out) / "last.pth"
+        return f"{last} keeps epoch {self.epoch}" if last.exists() else "no epoch was finished"
+
+    def stop(self, number):
+        raise Abort(f"stopped by {signal.Signals(number).name} in epoch {self.epoch + 1} of "
+                    f"{self.args.epochs}, step {self.step} of {len(self.loader)}; {self.kept()}"
+                    + ("; --resume goes on from there" if self.epoch else ""), 128 + number)
+
+    def record(self):
+        """The epoch's line for log.jsonl so far: mean losses over steps and ranks, speed, memory."""
+        seconds = time.perf_counter() - self.started
+        names = list(self.sums)
+        sums = all_reduce([float(self.sums[n]) for n in names]
+                          + [self.images, self.unreadable], self.device)
+        images, unreadable = map(int, sums[-2:])
+        if unreadable > 0.01 * images:
+            raise Abort(f"{unreadable} of {images} images were unreadable in epoch "
+                        f"{self.epoch + 1}, more than 1 %: mend {self.args.data}", 1)
+        steps = world_size() * max(1, self.step - self.skipped)
+        memory, waited = all_reduce([peak_memory_gb(self.device), sum(self.step_waits)],
+                                    self.device, dist.ReduceOp.MAX)
+        return {"epoch": self.epoch + 1,
+                **{name: total / steps for name, total in zip(names, sums)},
+                "images_per_second": images / seconds, "data_wait": waited / seconds,
+                "peak_memory_gb": memory, "unreadable": unreadable,
+                "skipped_steps": self.skipped, "seconds": seconds}
+
+
+def peak_memory_gb(device):
+    """Most memory this process ever held, in GiB: of the GPU, else resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+@torch.inference_mode()
+def evaluate(model, loader, device, autocast, max_batches=None):
+    """{"top1": percent, "top5": percent} over the validation images of all processes, each once."""
+    model.eval()
+    top1 = top5 = count = 0
+    for batch, (images, target, _) in enumerate(loader):
+        if batch == max_batches or _received_signal:
+            break
+        with autocast():
+            logits = model(images.to(device, non_blocking=True)).float()
+        hits = logits.topk(min(5, logits.shape[1])).indices.cpu() == target[:, None]
+        top1, top5, count = top1 + int(hits[:, 0].sum()), top5 + int(hits.sum()), count + len(hits)
+    *sums, stop = (*all_reduce([top1, top5, count], device),
+                   *all_reduce([_received_signal or 0], device, dist.ReduceOp.MAX))
+    if stop:
+        raise Abort(f"stopped by {signal.Signals(int(stop)).name} during an evaluation; last.pth, "
+                    f"if there is one, keeps the last finished epoch", 128 + int(stop))
+    top1, top5, count = sums
+    return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+
+
+# ------------------------------------------------------------------ checkpoints and logs
+
+
+def save_checkpoint(path, **state):
+    """torch.save(state) to `path` so that whatever happens, `path` is either the old file or the
+    whole new one: temporary file in the same folder, flush, fsync, rename."""
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def load_checkpoint(path):
+    """What torch.save wrote to `path`, tensors on the CPU. Runs no code from the file.
+
+    Raises Abort if the file is missing, damaged, or holds anything but tensors and plain values
+    (argparse.Namespace is let through: training checkpoints of DINO carry one).
+    """
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise Abort(f"no file {path}")
+    except pickle.UnpicklingError as error:
+        reason = next((w for w in str(error).splitlines() if "GLOBAL" in w or "global" in w), "")
+        raise Abort(f"{path} is not a weights file, or holds code, which is never run"
+                    + (f" ({reason.strip()})" if reason else ""))
+    except Exception as error:  # noqa: BLE001 - zip, pickle and storage readers raise their own
+        raise Abort(f"{path} is damaged or not a weights file "
+                    f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+
+
+def open_run(args):
+    """Make or check --out. Returns last.pth's content if the run goes on from it, else None."""
+    out, last = Path(args.out), Path(args.out) / "last.pth"
+    if args.dry_run:
+        return None
+    checkpoint = None
+    if args.resume and (last.exists() or args.resume != "auto"):
+        checkpoint = load_checkpoint(last)
+        now, then = comparable(args), checkpoint["args"]
+        changed = [f"--{name.replace('_', '-')} {then.get(name)} -> {now.get(name)}"
+                   for name in sorted(now.keys() | then.keys()) if now.get(name) != then.get(name)]
+        if changed:
+            raise Abort(f"{last} is of a run with other settings: {', '.join(changed)}")
+    elif not args.resume and (last.exists() or (out / "log.jsonl").exists()):
+        raise Abort(f"{out} already holds a run: --resume goes on with it, --out takes another")
+    if dist.is_initialized():
+        dist.barrier()  # all have looked before rank 0 makes the folder
+    if rank() == 0:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "args.json").write_text(json.dumps(
+                {**vars(args), "processes": world_size(), "torch": torch.__version__}, indent=1))
+            # A run killed between its log line and its checkpoint does that epoch again.
+            lines = (out / "log.jsonl").read_text().splitlines() if checkpoint else []
+            keep = [line + "\n" for line in lines
+                    if json.loads(line)["epoch"] <= checkpoint["epoch"]]
+            (out / "log.jsonl").write_text("".join(keep))
+        except OSError as error:
+            raise Abort(f"cannot write to {out}: {error}")
+    return checkpoint
+
+
+def comparable(args):
+    """The settings that decide the result, as plain values."""
+    return {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+
+
+def log_epoch(args, record, seconds_left):
+    """Append the record to log.jsonl and print it as one line."""
+    if rank() == 0:
+        with open(Path(args.out) / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+    hidden = {"epoch", "seconds", "unreadable", "skipped_steps", "data_wait", "peak_memory_gb"}
+    shown = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in hidden or
+                      k in ("unreadable", "skipped_steps") and v)
+    say(f"epoch {record['epoch']}/{args.epochs}  {shown}  {record['seconds']:.0f} s, "
+        f"{duration(seconds_left)} left")
+
+
+def duration(seconds):
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes:02d} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def report_dry_run(args, books, student, teacher, val_set, autocast, prepared):
+    """Print what --dry-run measured: speed, memory, waiting for data, hours of the whole run.
+
+    prepared: seconds from the start to the first step, which the real run spends once, too.
+    """
+    timed, steps = DRY_RUN_STEPS - 5, len(books.loader)
+    seconds = time.perf_counter() - books.timed_from
+    waited = sum(books.step_waits)
+
+    def evaluation(model):  # seconds on all validation images, from the first few batches
+        loader = val_loader(val_set, args)
+        few, marks = min(9, len(loader)), [time.perf_counter()]
+        for batches in (1, few):
+            evaluate(model, loader, books.device, autocast, batches)
+            marks.append(time.perf_counter())
+        first, rest = marks[1] - marks[0], marks[2] - marks[1]
+        return first + max(0, rest - first) / max(1, few - 1) * (len(loader) - 1)
+
+    whole = prepared + args.epochs * steps * seconds / timed + (evaluation(teacher) if teacher
+            else 0) + math.ceil(args.epochs / args.eval_every) * evaluation(student)
+    memory, waited, whole = all_reduce([peak_memory_gb(books.device), waited / seconds, whole],
+                                       books.device, dist.ReduceOp.MAX)
+    speed = len(books.loader.dataset) / steps * timed / seconds
+    say(f"dry run: {speed:.1f} images/s, peak memory {memory:.2f} GiB a process, "
+        f"{100 * waited:.0f} % of the time waiting for data")
+    say(f"the whole run, {args.epochs} epochs of {steps} steps: {whole / 3600:.3g} hours "
+        f"({duration(whole)})")
+
+
+# ------------------------------------------------------------------ flags all scripts share
+
+
+def data_flags(parser):
+    group = parser.add_argument_group("data")
+    add = functools.partial(add_flag, group)
+    add("--data", "data/imagenet", "ImageNet layout (train/CLASS/*, val/CLASS/*), or cifar10, "
+        "cifar100 (downloaded),\nor shapes (ten classes drawn in memory)")
+    add("--data-root", "data", "where cifar10 and cifar100 are downloaded to")
+    add("--data-fraction", 1.0, "use this fraction of each class's training images; smaller "
+        "fractions are\nsubsets of larger ones", type=float)
+    add("--image-size", 224, "pixels a side", type=int)
+    add("--workers", min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
+                         else os.cpu_count()), "processes that read images, per process", type=int)
+
+
+def recipe_flags(parser, batch_size, epochs, lr, min_lr, warmup_epochs, weight_decay, clip_grad):
+    group = parser.add_argument_group("recipe")
+    add = functools.partial(add_flag, group)
+    add("--batch-size", batch_size, "images per optimiser step over all processes", type=int)
+    add("--micro-batch", None, "images per forward pass and process; gradients of a step's passes "
+        "add up\n(default: all of the process's share)", type=int)
+    add("--epochs", epochs, "passes over the training images", type=int)
+    add("--lr", None, f"peak learning rate (default: {lr:g} * batch size / {batch_size})",
+        type=float)
+    add("--min-lr", min_lr, "learning rate the cosine ends at", type=float)
+    add("--warmup-epochs", None, "epochs of linear warm-up (default: a tenth of --epochs, at most "
+        f"{warmup_epochs})", type=float)
+    add("--weight-decay", weight_decay, "none on biases, norms, tokens, position embedding",
+        type=float)
+    add("--clip-grad", clip_grad, "largest gradient norm, 0 for no clipping", type=float)
+    add("--seed", 0, "of weights, data order and augmentation", type=int)
+    parser.set_defaults(reference_lr=lr / batch_size, most_warmup=warmup_epochs)
+    return add
+
+
+def run_flags(parser):
+    group = parser.add_argument_group("run")
+    add = functools.partial(add_flag, group)
+    add("--amp", None, "mixed precision (default: bf16 where the device is fast at it, else off)",
+        choices=["bf16", "fp16", "off"])
+    add("--compile", False, "torch.compile student and teacher", action="store_true")
+    add("--out", None, "folder of last.pth, best.pth, student.pth, log.jsonl, args.json\n(default: "
+        "out/SCRIPT-STUDENT-TEACHER)")
+    add("--resume", None, "go on from OUT/last.pth; --resume auto: start if there is none",
+        nargs="?", const="yes", choices=["yes", "auto"], metavar="auto")
+    add("--eval-every", 1, "epochs between evaluations", type=int)
+    add("--dry-run", False, f"the real thing for {DRY_RUN_STEPS} steps, then: images/s, memory, "
+        "waiting for data, hours\nof the whole run; nothing is written", action="store_true")
+    add("--demo", False, "a whole distillation in minutes: no data, no download, no GPU",
+        action="store_true")
+
+
+def add_flag(group, name, default, help, **keywords):
+    if default is not None and "action" not in keywords:
+        help += f" (default: {default})"
+    group.add_argument(name, default=default, help=help, **keywords)
+
+
+def check_flags(args):
+    """Fill in the defaults that depend on other flags; raise Abort where flags contradict."""
+    for name in ("batch_size", "epochs", "image_size", "eval_every"):
+        if getattr(args, name) < 1:
+            raise Abort(f"--{name.replace('_', '-')} must be at least 1")
+    if not 0 < args.data_fraction <= 1:
+        raise Abort("--data-fraction must be above 0 and at most 1")
+    if args.batch_size % world_size():
+        raise Abort(f"--batch-size {args.batch_size} is not divisible by the {world_size()} "
+                    f"processes: take {args.batch_size // world_size() * world_size() or world_size()}")
+    share = args.batch_size // world_size()
+    args.micro_batch = args.micro_batch or share
+    if share % args.micro_batch:
+        raise Abort(f"--micro-batch {args.micro_batch} does not divide the {share} images that a "
+                    f"process has of each batch")
+    if args.image_size % args.patch_size:
+        raise Abort(f"--image-size {args.image_size} is not a multiple of --patch-size "
+                    f"{args.patch_size}: take {args.image_size // args.patch_size * args.patch_size}"
+                    f" or {(args.image_size // args.patch_size + 1) * args.patch_size}")
+    if args.lr is None:
+        args.lr = args.reference_lr * args.batch_size
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(args.most_warmup, args.epochs / 10)
+    if args.warmup_epochs >= args.epochs:
+        raise Abort(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs "
+                    f"{args.epochs}")
+    del args.reference_lr, args.most_warmup

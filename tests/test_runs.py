@@ -1,0 +1,434 @@
+"""Real runs of the scripts: the command line, its errors, kills and resumes, torchrun."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import (
+    DATA,
+    MICRO,
+    ROOT,
+    finish,
+    in_process,
+    make_photos,
+    start,
+    top1s,
+    torchrun,
+)
+
+import common
+import vitkd
+
+PLAIN = ["--mixup", "0", "--cutmix", "0", "--amp", "off"]
+
+
+def run(*command, status=0, timeout=240):
+    code, out, err = finish(start(*command), timeout)
+    assert code == status, err[-3000:] + out[-1000:]
+    return out, err
+
+
+def same_weights(a, b):
+    a, b = (common.load_checkpoint(path)["model"] for path in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """A folder of photos and a micro teacher trained on it by the ordinary command: (data, path)."""
+    folder = tmp_path_factory.mktemp("teacher")
+    data = make_photos(folder / "photos", counts=(("train", 64), ("val", 13)))
+    run("vitkd.py", *MICRO, "--data", data, "--teacher", "none", "--epochs", 2, "--lr", 1e-3,
+        "--out", folder / "teacher")
+    return data, folder / "teacher" / "student.pth"
+
+
+# ------------------------------------------------------------------ the command line
+
+
+def test_help_is_grouped_and_every_flag_explained():
+    out, _ = run("vitkd.py", "--help")
+    titles = re.findall(r"^(\w+):$", out, re.MULTILINE)
+    assert titles == ["options", "data", "models", "loss", "recipe", "run"]
+    flags = re.findall(r"^  (--[\w-]+)", out, re.MULTILINE)
+    design = """--data --data-root --data-fraction --teacher --teacher-weights --student
+        --patch-size --image-size --batch-size --micro-batch --epochs --lr --min-lr --warmup-epochs
+        --weight-decay --clip-grad --seed --amp --compile --out --resume --dry-run --eval-every
+        --workers --demo --no-nkd --alpha --beta --mask-ratio --gamma --tau"""
+    assert set(design.split()) <= set(flags)
+    for block in re.split(r"^  (?=-)", out, flags=re.MULTILINE)[1:]:
+        head, *words = block.split(maxsplit=1)
+        assert len(" ".join(words)) > 12, head
+    assert max(map(len, out.splitlines())) <= 110
+
+
+def test_defaults_are_the_recipe(monkeypatch):
+    monkeypatch.setattr("sys.argv", ["vitkd.py"])
+    args = vitkd.parse_args()
+    common.check_flags(args)
+    recipe = {"batch_size": 1024, "epochs": 300, "lr": 1e-3, "min_lr": 1e-5, "warmup_epochs": 20,
+              "weight_decay": 0.05, "clip_grad": 5.0, "label_smoothing": 0.1, "mixup": 0.8,
+              "cutmix": 1.0, "rand_augment": 9, "random_erasing": 0.25, "student": "deit_t",
+              "teacher": "deit3_s", "alpha": 3e-5, "beta": 3e-6, "mask_ratio": 0.5, "gamma": 1.0,
+              "tau": 1.0, "drop_path": 0.0, "ema": 0.0, "out": "out/vitkd-deit_t-deit3_s"}
+    assert {name: getattr(args, name) for name in recipe} == recipe
+    monkeypatch.setattr("sys.argv", ["vitkd.py", "--student", "deit_b", "--batch-size", "256"])
+    args = vitkd.parse_args()
+    common.check_flags(args)
+    assert (args.drop_path, args.ema, args.lr) == (0.1, 0.99996, 2.5e-4)
+
+
+def bad_inputs(photos, tmp):
+    """(name, arguments, what the one line must say)"""
+    none = ["--teacher", "none"]
+    here = ["--data", photos, "--out", tmp / "out"]
+    for split in ("train", "val"):
+        (tmp / "empty" / split / "ant").mkdir(parents=True)
+    shutil.copytree(photos, tmp / "differ")
+    (tmp / "differ" / "val" / "bee").rename(tmp / "differ" / "val" / "wasp")
+    (tmp / "half" / "train").mkdir(parents=True)
+    torch.save({"model": {"fc.weight": torch.zeros(1)}}, tmp / "resnet.pth")
+    (tmp / "cut.pth").write_bytes((tmp / "resnet.pth").read_bytes()[:500])
+    (tmp / "occupied").mkdir()
+    (tmp / "occupied" / "log.jsonl").write_text("")
+    deit = ["--teacher", "deit_t", "--teacher-weights"]
+    return [
+        ("no data", ["--data", tmp / "nowhere", *none], "no folder .*nowhere/train.*CLASS"),
+        ("no split", ["--data", tmp / "half", *none], "no folder .*half/val|no images in .*half"),
+        ("no images", ["--data", tmp / "empty", *none], "no images in .*ant"),
+        ("classes differ", ["--data", tmp / "differ", *none], "differ: bee, wasp"),
+        ("unknown teacher", [*here, "--teacher", "resnet50"], "no teacher resnet50: take deit_t, "),
+        ("unknown student", [*here, *none, "--student", "huge"], "micro.*deit_t"),
+        ("no weights", [*here, *deit, tmp / "no.pth"], "no file .*no.pth"),
+        ("truncated", [*here, *deit, tmp / "cut.pth"], "cut.pth is damaged"),
+        ("another model", [*here, *deit, tmp / "resnet.pth"],
+         "152 missing: blocks.0.attn.proj.bias, .*1 unexpected: fc.weight"),
+        ("weights of nobody", [*here, *none, "--teacher-weights", "x"], "goes with a teacher's name"),
+        ("image size", [*here, *none, "--image-size", 18], "18 is not a multiple.* 16 or 20"),
+        ("micro-batch", [*here, *none, "--micro-batch", 5], "5 does not divide the 16"),
+        ("mask ratio", [*here, *none, "--mask-ratio", 0], "--mask-ratio must be above 0"),
+        ("fraction", [*here, *none, "--data-fraction", 1.5], "--data-fraction must be"),
+        ("warm-up", [*here, *none, "--epochs", 3, "--warmup-epochs", 3], "leaves nothing"),
+        ("nothing to resume", [*here, *none, "--resume"], "no file .*out/last.pth"),
+        ("occupied", ["--data", photos, *none, "--out", tmp / "occupied"], "already holds a run"),
+        ("unknown flag", [*here, "--epoch", 3], "unrecognized arguments: --epoch"),
+        ("not a number", [*here, "--epochs", "many"], "invalid int value: 'many'"),
+        ("no epochs", [*here, *none, "--epochs", 0], "--epochs must be at least 1"),
+        ("no download", ["--data", "cifar10", "--data-root", tmp / "c", *none],
+         "cannot download http.*cifar"),
+    ]
+
+
+def test_bad_inputs_are_one_line_and_status_2(photos, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # no download: nobody listens there
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    for name, arguments, message in bad_inputs(photos, tmp_path):
+        status, _, err = in_process(vitkd, capsys, monkeypatch, *MICRO, *arguments)
+        assert status == 2, (name, err)
+        line, = err.splitlines()
+        assert line.startswith("vitkd.py: error: ") and re.search(message, line), (name, line)
+    assert not (tmp_path / "out").exists()
+
+
+def test_bad_input_of_a_real_process_has_no_traceback(tmp_path):
+    out, err = run("vitkd.py", "--data", tmp_path, status=2)
+    assert out == "" and err == (f"vitkd.py: error: no folder {tmp_path}/train: --data must hold "
+                                 "train/CLASS/* and val/CLASS/*, or be one of cifar10, cifar100, "
+                                 "shapes\n")
+
+
+def test_batch_not_divisible_by_the_processes():
+    _, err = run(*torchrun(2, "vitkd.py", "--batch-size", 15, "--data", "shapes"), status=1)
+    lines = [line for line in err.splitlines() if line.startswith("vitkd.py:")]
+    assert lines == ["vitkd.py: error: --batch-size 15 is not divisible by the 2 processes: take 14"]
+
+
+def test_a_teacher_for_other_classes_or_patches(teacher, tmp_path, capsys, monkeypatch):
+    _, weights = teacher
+    for arguments, message in (
+            (["--data", "shapes", "--teacher", weights], "has 3 classes, the data 10"),
+            (["--data", teacher[0], "--teacher", weights, "--patch-size", 8],
+             "patch size is 4, and ViTKD needs the same patches: --patch-size 4")):
+        status, _, err = in_process(vitkd, capsys, monkeypatch, *MICRO, "--out", tmp_path / "out",
+                                    *arguments)
+        assert status == 2 and message in err and len(err.splitlines()) == 1
+
+
+# ------------------------------------------------------------------ a run and its files
+
+
+def test_a_run_and_what_it_leaves(teacher, tmp_path):
+    data, weights = teacher
+    out, _ = run("vitkd.py", *MICRO, "--data", data, "--teacher", weights, "--epochs", 3, "--lr",
+                 1e-3, "--eval-every", 2, "--alpha", 1e-3, "--beta", 1e-3, "--out", tmp_path / "run")
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {"last.pth", "best.pth", "student.pth", "log.jsonl",
+                                                  "args.json"}
+    log = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in log] == [1, 2, 3]
+    for line in log:
+        assert {"ce", "mimicking", "generation", "nkd", "lr", "images_per_second", "data_wait",
+                "peak_memory_gb", "unreadable", "skipped_steps", "seconds"} <= line.keys()
+    assert ["top1" in line for line in log] == [False, True, True]
+    assert log[2]["mimicking"] < log[0]["mimicking"]
+    assert json.loads((folder / "args.json").read_text())["teacher"] == str(weights)
+    best = max(line.get("top1", 0) for line in log)
+    assert common.load_checkpoint(folder / "best.pth")["top1"] == best
+    assert common.load_checkpoint(folder / "student.pth")["top1"] == log[2]["top1"]
+    assert len(top1s(out)) == 3  # the teacher's and two of the student's
+    assert out.splitlines()[-1].endswith("0 s left") and "\r" not in out  # not a terminal: no bar
+
+    # A second run into the same folder, and a resume with other settings, are refused.
+    again = ["vitkd.py", *MICRO, "--data", data, "--teacher", weights, "--epochs", 3, "--lr", 1e-3,
+             "--beta", 1e-3, "--out", folder]
+    _, err = run(*again, "--alpha", 1e-3, status=2)
+    assert "already holds a run" in err
+    _, err = run(*again, "--alpha", 0.5, "--resume", status=2)
+    assert "other settings: --alpha 0.001 -> 0.5\n" in err
+    # A finished run resumed has nothing left to do, and --resume auto accepts it.
+    before = (folder / "log.jsonl").read_text()
+    run(*again, "--alpha", 1e-3, "--resume", "auto")
+    assert (folder / "log.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize("amp", ["off", "bf16", "fp16"])
+def test_learning_shows_with_every_precision(amp, teacher, tmp_path, capsys, monkeypatch):
+    """Three tints are easy: a few epochs get far above one in three."""
+    status, out, err = in_process(
+        vitkd, capsys, monkeypatch, *MICRO, "--data", teacher[0], "--teacher", "none", "--epochs", 5,
+        "--lr", 1e-3, "--mixup", 0, "--cutmix", 0, "--amp", amp, "--out", tmp_path)
+    assert status == 0, err
+    assert top1s(out)[-1] > 60
+
+
+def test_accumulation_and_processes_share_one_gradient(tmp_path):
+    """1 x 12 images = micro-batches of 5 = 2 processes of 6 (and of 6 and 5) = both together."""
+    program = ROOT / "tests" / "ddp_gradients.py"
+    ways = {"whole": (program, tmp_path / "whole", 12), "parts": (program, tmp_path / "parts", 5),
+            "ranks": torchrun(2, program, tmp_path / "ranks", 6),
+            "both": torchrun(2, program, tmp_path / "both", 4)}
+    results = {}
+    for name, command in ways.items():
+        run(*command)
+        results[name] = torch.load(tmp_path / name)
+    whole = results.pop("whole")
+    assert len(whole["gradients"]) > 60
+    for name, result in results.items():
+        for key, gradient in whole["gradients"].items():
+            assert (result["gradients"][key] - gradient).abs().max() <= 1e-6 * gradient.abs().max()
+        for key, loss in whole["losses"].items():
+            assert result["losses"][key] == pytest.approx(loss, rel=1e-6), (name, key)
+
+
+def test_two_processes_train_and_evaluate_like_one(teacher, tmp_path):
+    """The same images in the same batches: one epoch's weights agree up to rounding, and both
+    evaluate the same teacher to the same top-1 (39 images: shards of 20 and 19)."""
+    data, weights = teacher
+    common_flags = [*MICRO, *PLAIN, "--data", data, "--epochs", 1, "--lr", 1e-3, "--teacher", weights,
+                    "--mask-ratio", 1, "--no-nkd", "--clip-grad", 0]
+    one, _ = run("vitkd.py", *common_flags, "--out", tmp_path / "one")
+    two, _ = run(*torchrun(2, "vitkd.py", *common_flags, "--out", tmp_path / "two"))
+    assert top1s(one)[0] == top1s(two)[0]
+    a, b = (common.load_checkpoint(tmp_path / name / "student.pth")["model"] for name in ("one", "two"))
+    start_weights = vitkd.ViT(16, 4, 96, 6, 3, 3).state_dict()
+    for key in a:
+        moved = (a[key] - start_weights[key]).norm()
+        assert (a[key] - b[key]).norm() <= 0.02 * moved + 1e-6, key
+    log = [json.loads((tmp_path / name / "log.jsonl").read_text()) for name in ("one", "two")]
+    for key in ("ce", "mimicking", "generation"):
+        assert log[0][key] == pytest.approx(log[1][key], rel=1e-3)
+    assert log[1]["unreadable"] == 0 and len(two.splitlines()) == len(one.splitlines())
+
+
+# ------------------------------------------------------------------ kills, signals, resumes
+
+
+def killed_in_epoch_two(command, out):
+    """Start, kill -9 in the middle of epoch 2 of 3; the log then has one line."""
+    process = start(*command)
+    wait_for(lambda: (out / "last.pth").exists(), process)
+    time.sleep(0.3)
+    process.kill()
+    finish(process)
+    assert process.returncode == -signal.SIGKILL
+    assert common.load_checkpoint(out / "last.pth")["epoch"] < 3
+
+
+def test_resume_after_kill_equals_the_uninterrupted_run_bit_for_bit(teacher, tmp_path):
+    data, weights = teacher
+    # --rand-augment 9: all the random numbers of the recipe; 2 workers; bf16 where there is bf16
+    command = ["vitkd.py", *MICRO, "--rand-augment", 9, "--data", data, "--teacher", weights,
+               "--batch-size", 4, "--epochs", 3, "--lr", 1e-3, "--ema", 0.9, "--drop-path", 0.1]
+    run(*command, "--out", tmp_path / "whole")
+    killed_in_epoch_two([*command, "--out", tmp_path / "killed"], tmp_path / "killed")
+    with open(tmp_path / "killed" / "log.jsonl", "a") as log:  # killed between log and checkpoint
+        log.write(json.dumps({"epoch": 3}) + "\n")
+    run(*command, "--out", tmp_path / "killed", "--resume")
+    for name in ("student.pth", "best.pth", "last.pth"):
+        assert same_weights(tmp_path / "whole" / name, tmp_path / "killed" / name)
+    whole, killed = ([json.loads(line) for line in
+                      (tmp_path / name / "log.jsonl").read_text().splitlines()]
+                     for name in ("whole", "killed"))
+    timing = {"seconds", "images_per_second", "data_wait", "peak_memory_gb"}
+    for a, b in zip(whole, killed, strict=True):
+        assert {k: v for k, v in a.items() if k not in timing} == {
+            k: v for k, v in b.items() if k not in timing}
+    assert not [p for p in (tmp_path / "killed").iterdir() if "tmp" in p.name]
+
+
+LONG = [*MICRO, "--data", "shapes", "--teacher", "none", "--epochs", "50"]
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_ends_the_run_in_order(number, status, tmp_path):
+    process = start("vitkd.py", *LONG, "--out", tmp_path / "run")
+    wait_for(lambda: (tmp_path / "run" / "last.pth").exists(), process)
+    time.sleep(0.2)
+    process.send_signal(number)
+    began = time.monotonic()
+    code, _, err = finish(process, timeout=30)
+    assert code == status and time.monotonic() - began < 10
+    line, = err.splitlines()
+    assert re.match(rf"vitkd\.py: stopped by {number.name} (in epoch|during an evaluation)", line)
+    assert "last.pth" in line
+    common.load_checkpoint(tmp_path / "run" / "last.pth")
+
+
+def test_a_signal_before_training_is_no_traceback(tmp_path):
+    process = start("vitkd.py", *LONG, "--out", tmp_path / "run")
+    time.sleep(2.5)
+    process.send_signal(signal.SIGINT)
+    code, _, err = finish(process, timeout=30)
+    assert code in (1, 130, -signal.SIGINT)  # 130 as soon as Python and torch are loaded
+    assert code != 130 or "Traceback" not in err
+
+
+def children(pid):
+    found = []
+    for stat in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path("/proc", stat, "stat").read_text().rsplit(")", 1)[1].split()
+            if int(fields[1]) == pid:
+                found.append(int(stat))
+        except OSError:
+            continue
+    return found
+
+
+def test_sigterm_under_torchrun_ends_all_ranks(teacher, tmp_path):
+    data, _ = teacher
+    command = [*MICRO, "--data", data, "--teacher", "none", "--epochs", 2000, "--out", tmp_path / "run"]
+    process = start(*torchrun(2, "vitkd.py", *command))
+    wait_for(lambda: (tmp_path / "run" / "last.pth").exists(), process)
+    ranks = children(process.pid)
+    workers = [worker for rank in ranks for worker in children(rank)]
+    assert len(ranks) == 2 and len(workers) >= 4
+    process.send_signal(signal.SIGTERM)
+    began = time.monotonic()
+    _, _, err = finish(process, timeout=60)
+    assert time.monotonic() - began < 20
+    assert err.count("vitkd.py: stopped by SIGTERM") == 1
+    deadline = time.monotonic() + 10  # the workers notice that their parents are gone
+    while any(os.path.exists(f"/proc/{pid}") for pid in (*ranks, *workers)):
+        assert time.monotonic() < deadline, "a process is left"
+        time.sleep(0.1)
+    # and one process goes on where two stopped
+    epoch = common.load_checkpoint(tmp_path / "run" / "last.pth")["epoch"]
+    process = start("vitkd.py", *command, "--resume")
+    wait_for(lambda: f'"epoch": {epoch + 1}' in (tmp_path / "run" / "log.jsonl").read_text(), process)
+    process.kill()
+    finish(process)
+
+
+def test_ranks_leave_with_the_signals_status(tmp_path):
+    """Both ranks started by hand, so that their own exit statuses are seen."""
+    import socket
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    ranks = []
+    for rank in "01":
+        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=port)
+        try:
+            ranks.append(start("vitkd.py", *LONG, "--out", tmp_path / "run"))
+        finally:
+            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+                del os.environ[name]
+    wait_for(lambda: (tmp_path / "run" / "last.pth").exists(), ranks[0])
+    ranks[1].send_signal(signal.SIGTERM)  # to one rank only: the other is told
+    assert [finish(rank, timeout=30)[0] for rank in ranks] == [143, 143]
+
+
+# ------------------------------------------------------------------ dry run, demo, real images
+
+
+def test_dry_run_measures_and_writes_nothing(teacher, tmp_path):
+    data, weights = teacher
+    out, _ = run("vitkd.py", *MICRO, "--data", data, "--teacher", weights, "--dry-run", "--out",
+                 tmp_path / "run")
+    assert re.search(r"dry run: [\d.]+ images/s, peak memory [\d.]+ GiB a process, \d+ % of the time "
+                     r"waiting for data", out)
+    assert "the whole run, 300 epochs of 12 steps: " in out
+    assert "on the first 4 batches" in out and not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_dry_run_tells_the_truth(teacher, tmp_path):
+    """Its projection against the same run done, within 20 %, with real files and workers."""
+    flags = [*MICRO, "--image-size", 32, "--data", teacher[0], "--teacher", teacher[1],
+             "--epochs", 40]
+    out, _ = run("vitkd.py", *flags, "--dry-run")
+    projected = 3600 * float(re.search(r"([\d.e-]+) hours", out).group(1))
+    began = time.perf_counter()
+    run("vitkd.py", *flags, "--out", tmp_path / "run")
+    seconds = time.perf_counter() - began - 4  # imports, before the script's clock starts
+    assert projected == pytest.approx(seconds, rel=0.2)
+
+
+@pytest.mark.slow
+def test_demo_prints_its_table():
+    out, _ = run("vitkd.py", "--demo", timeout=900)
+    rows = re.findall(r"^(teacher|student alone|student distilled) +top-1 +(\d+\.\d) %", out, re.MULTILINE)
+    top1 = {name: float(value) for name, value in rows}
+    assert len(top1) == 3 and top1["student distilled"] > top1["student alone"]
+
+
+@pytest.mark.slow
+def test_compile_trains(teacher, tmp_path):
+    run("vitkd.py", *MICRO, "--data", teacher[0], "--teacher", teacher[1], "--epochs", 2,
+        "--compile", "--out", tmp_path)
+
+
+@pytest.mark.skipif(not (DATA / "cifar10_val.zip").exists(), reason=f"no real images in {DATA}")
+def test_real_images_through_the_ordinary_command_line(tmp_path):
+    """CIFAR-10 JPEGs: a teacher, then a student of it; one epoch of 200 images each."""
+    import zipfile
+    with zipfile.ZipFile(DATA / "cifar10_val.zip") as archive:
+        names = [n for n in archive.namelist() if re.search(r"/00[0-2]\d\.jpg$", n)]
+        archive.extractall(tmp_path, names)
+    folder = tmp_path / "cifar10"
+    for path in sorted(folder.glob("val/*/00[0-1]?.jpg")):
+        target = folder / "train" / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(target)
+    flags = ["--data", folder, "--student", "micro", "--image-size", 32, "--patch-size", 4,
+             "--batch-size", 50, "--epochs", 1]
+    run("vitkd.py", *flags, "--teacher", "none", "--out", tmp_path / "t")
+    run("vitkd.py", *flags, "--teacher", tmp_path / "t" / "student.pth", "--out", tmp_path / "s")
+    log = json.loads((tmp_path / "s" / "log.jsonl").read_text())
+    assert log["unreadable"] == 0 and all(log[k] > 0 for k in ("ce", "mimicking", "generation", "nkd"))

@@ -1,0 +1,580 @@
+"""ViTKD: distil a supervised vision transformer into a smaller one through its features.
+
+Yang et al., "ViTKD: Practical Guidelines for ViT Feature Knowledge Distillation",
+arXiv 2209.02432; with the logit loss of Yang et al., "From Knowledge Distillation to
+Self-Knowledge Distillation: A Unified Approach with Normalized Loss", arXiv 2303.13005 (NKD).
+
+The idea. A ViT's first blocks look alike in teacher and student, its last ones don't. So:
+  - shallow (blocks 0 and 1): the student MIMICS the teacher's patch tokens, through a linear map;
+  - deep (after the last norm): half of the student's patch tokens are masked out, and a small
+    convolutional decoder must GENERATE the teacher's tokens there from the other half;
+  - logits: NKD separates the target class from how the other classes share what is left.
+What is distilled are the FFN's outputs in the residual stream, not attention maps.
+
+Formulas and constants are the authors' (papers and released code). Ours: RandAugment is
+torchvision's, whose operations differ a little from timm's; --lr follows the batch size.
+
+The paper's headline, DeiT-T <- DeiT III-S on ImageNet-1k, 74.42 -> 77.78 top-1 (paper):
+    torchrun --nproc_per_node 8 vitkd.py --data data/imagenet --teacher deit3_s --student deit_t
+On a laptop, in minutes, with nothing to download:
+    python vitkd.py --demo
+"""
+
+import contextlib
+import copy
+import math
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torchvision.ops import StochasticDepth
+from torchvision.transforms import v2
+
+import common
+
+# ------------------------------------------------------------------ the loss
+
+
+class ViTKDLoss(nn.Module):
+    """Feature distillation between two ViTs with the same patch grid (arXiv 2209.02432, section 3).
+
+    forward(student_shallow, student_deep, teacher_shallow, teacher_deep) -> (L_m, L_g), scalars:
+        shallow: list of two (B, N, D), patch tokens after blocks 0 and 1
+        deep: (B, N, D), patch tokens after the final norm; N must be a square
+    Both are sums over N * D_t: the defaults of alpha and beta are for N = 196 (224 px, patch 16).
+    """
+
+    def __init__(self, student_dim, teacher_dim, alpha=3e-5, beta=3e-6, mask_ratio=0.5):
+        super().__init__()
+        self.alpha, self.beta, self.mask_ratio = alpha, beta, mask_ratio
+
+        def align():  # A, where the widths differ
+            same = student_dim == teacher_dim
+            return nn.Identity() if same else nn.Linear(student_dim, teacher_dim)
+
+        self.align_shallow = nn.ModuleList([align(), align()])
+        self.align_deep = align()
+        self.mask_token = nn.Parameter(torch.zeros(1, 1, teacher_dim))
+        self.generator = nn.Sequential(
+            nn.Conv2d(teacher_dim, teacher_dim, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(teacher_dim, teacher_dim, 3, padding=1))
+
+    def forward(self, student_shallow, student_deep, teacher_shallow, teacher_deep):
+        B, N, _ = student_deep.shape
+        g = math.isqrt(N)
+        if g * g != N or teacher_deep.shape[1] != N:
+            raise ValueError(f"student has {N} patch tokens, teacher {teacher_deep.shape[1]}: "
+                             f"ViTKD needs the same square grid for both")
+
+        # L_m = alpha/B * sum over blocks i = 0, 1 of || A_i(F_i^s) - F_i^t ||^2
+        mimicking = sum(
+            (align(s).float() - t.float()).square().sum()
+            for align, s, t in zip(self.align_shallow, student_shallow, teacher_shallow))
+        mimicking = self.alpha / B * mimicking
+
+        # L_g = beta/(lambda*B) * || M * (G(x) - F_L^t) ||^2,  x = A(F_L^s) with tokens masked out
+        mask = random_mask(B, N, self.mask_ratio, student_deep.device)[..., None]   # (B, N, 1)
+        x = self.align_deep(student_deep)                                           # (B, N, D_t)
+        x = torch.where(mask, self.mask_token.to(x.dtype), x)
+        x = self.generator(x.view(B, g, g, -1).permute(0, 3, 1, 2))                 # (B, D_t, g, g)
+        x = x.permute(0, 2, 3, 1).reshape(B, N, -1)                                 # (B, N, D_t)
+        generation = (mask * (x.float() - teacher_deep.float())).square().sum()
+        generation = self.beta / (self.mask_ratio * B) * generation
+        return mimicking, generation
+
+
+def random_mask(batch_size, num_tokens, mask_ratio, device=None):
+    """(B, N) bool, True = masked: N - floor(N * (1 - mask_ratio)) random tokens of each image."""
+    masked = num_tokens - math.floor(num_tokens * (1 - mask_ratio) + 1e-9)  # 0.1 isn't binary
+    chosen = torch.rand(batch_size, num_tokens, device=device).topk(masked, dim=1).indices
+    mask = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
+    return mask.scatter(1, chosen, True)
+
+
+def nkd_loss(student_logits, teacher_logits, target, gamma=1.0, temperature=1.0):
+    """NKD (arXiv 2303.13005, section 3): soft target loss and normalised non-target loss, scalar.
+
+    logits: (B, C); target: (B,) classes, or (B, C) mixed labels, of which the largest counts.
+    temperature 1 beside ViTKD; the paper's 1.5 where NKD is used alone.
+    """
+    student, teacher = student_logits.float(), teacher_logits.float()
+    target = (target.argmax(1) if target.ndim == 2 else target)[:, None]            # (B, 1)
+
+    # - p_t(y) log p_s(y)
+    p_t = teacher.softmax(1).gather(1, target)
+    soft_target = -p_t * student.log_softmax(1).gather(1, target)                   # (B, 1)
+
+    # - gamma tau^2 * sum_{i != y} n_t(i) log n_s(i), n = softmax over the non-target logits / tau
+    def without_target(logits):
+        return (logits / temperature).scatter(1, target, -1e30)  # then n(y) = 0, and 0 log n(y) = 0
+
+    n_t, log_n_s = without_target(teacher).softmax(1), without_target(student).log_softmax(1)
+    non_target = -(n_t * log_n_s).sum(1, keepdim=True)
+    return (soft_target + gamma * temperature**2 * non_target).mean()
+
+
+# ------------------------------------------------------------------ the ViT
+
+SIZES = {  # name: (dim, depth, num_heads)
+    "micro": (96, 6, 3), "deit_t": (192, 12, 3), "deit_s": (384, 12, 6), "deit_b": (768, 12, 12)}
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, N, D/H) each
+        x = F.scaled_dot_product_attention(q, k, v)                         # (B, H, N, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class LayerScale(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), 1e-4))
+
+    def forward(self, x):
+        return self.gamma * x
+
+
+class Block(nn.Module):
+    def __init__(self, dim, num_heads, drop_path, layer_scale):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.ls1 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
+        self.ls2 = LayerScale(dim) if layer_scale else nn.Identity()
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x):
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)                 # (B, N, D)
+
+
+class ViT(nn.Module):
+    """Pre-norm vision transformer with a class token; parameters have timm's names.
+
+    forward(images (B, 3, S, S)) -> logits (B, C); the normed class token (B, D) if num_classes = 0.
+    drop_path: stochastic depth of the last block, growing linearly from 0 at the first.
+    For DeiT III: layer_scale, and class_position = False (no position embedding for the class token).
+    """
+
+    def __init__(self, image_size=224, patch_size=16, dim=384, depth=12, num_heads=6,
+                 num_classes=1000, drop_path=0.0, layer_scale=False, class_position=True):
+        super().__init__()
+        self.image_size, self.patch_size = image_size, patch_size
+        self.class_position = class_position
+        num_patches = (image_size // patch_size) ** 2
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, num_patches + class_position, dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, num_heads, drop_path * i / max(1, depth - 1), layer_scale)
+            for i in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
+        for parameter in (self.cls_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def embed(self, images):
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels, but this ViT is built "
+                             f"for image_size={self.image_size}")
+        x, cls = self.patch_embed(images), self.cls_token.expand(len(images), -1, -1)
+        if self.class_position:
+            return torch.cat([cls, x], 1) + self.pos_embed                  # (B, 1+N, D)
+        return torch.cat([cls, x + self.pos_embed], 1)                      # (B, 1+N, D)
+
+    def features(self, images):
+        """(shallow, deep, logits): patch tokens after blocks 0 and 1, list of two (B, N, D); patch
+        tokens after the final norm (B, N, D); logits (B, C)."""
+        x, shallow = self.embed(images), []
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i < 2:
+                shallow.append(x[:, 1:])
+        x = self.norm(x)
+        return shallow, x[:, 1:], self.head(x[:, 0])
+
+    def forward(self, images):
+        return self.features(images)[2]
+
+
+# ------------------------------------------------------------------ the teacher
+
+RELEASES = "https://dl.fbaipublicfiles.com/deit/"
+TEACHERS = {  # name: (dim, depth, num_heads, DeiT III's extras, file; 8 hex digits in it = its sha256)
+    "deit_t": (192, 12, 3, False, "deit_tiny_patch16_224-a1311bcf.pth"),
+    "deit_s": (384, 12, 6, False, "deit_small_patch16_224-cd65a155.pth"),
+    "deit_b": (768, 12, 12, False, "deit_base_patch16_224-b5f2ef4d.pth"),
+    "deit3_s": (384, 12, 6, True, "deit_3_small_224_21k.pth"),
+    "deit3_b": (768, 12, 12, True, "deit_3_base_224_21k.pth"),
+    "deit3_l": (1024, 24, 16, True, "deit_3_large_224_21k.pth")}
+
+
+def load_teacher(name, weights=None, num_classes=1000, image_size=224):
+    """A frozen ViT in eval mode, for images of `image_size` pixels.
+
+    name: one of TEACHERS, its weights read from the file `weights` or else downloaded; or the path
+    of a student.pth of this project. Patch size, native image size and class count are read off
+    the weights; at another image size the position embedding is resized.
+    Raises common.Abort: unknown name, weights missing, damaged or of another model, a head that
+    has not `num_classes` classes, an image size that the patch size does not divide.
+    """
+    if name in TEACHERS:
+        source = weights or RELEASES + TEACHERS[name][-1]
+        state = common.load_checkpoint(weights) if weights else download(source)
+        state = state.get("model", state) if isinstance(state, dict) else {}
+        state = {k.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): v
+                 for k, v in state.items()}
+        arch = released_arch(name, state)
+    elif Path(name).is_file():
+        source, checkpoint = name, common.load_checkpoint(name)
+        if not isinstance(checkpoint, dict) or not {"model", "arch", "script"} <= checkpoint.keys():
+            raise common.Abort(f"{name} is no student.pth of this project; for released weights "
+                               f"take --teacher NAME --teacher-weights {name}")
+        if checkpoint["script"] not in ("vitkd", "attndistill"):
+            raise common.Abort(f"{name} was written by {checkpoint['script']}.py, whose ViT is "
+                               f"another one")
+        state, arch = checkpoint["model"], checkpoint["arch"]
+    else:
+        raise common.Abort(f"no teacher {name}: take {', '.join(TEACHERS)}, "
+                           f"the path of a student.pth, or none")
+
+    problems = mismatches(state, arch)
+    if problems:
+        fits = [n for n in TEACHERS if not mismatches(state, released_arch(n, state))]
+        raise common.Abort(f"{source} does not hold a {name}: " + "; ".join(problems)
+                           + (f"; it fits --teacher {fits[0]}" if fits else ""))
+    if arch["num_classes"] != num_classes:
+        raise common.Abort(f"the teacher in {source} has {arch['num_classes']} classes, "
+                           f"the data {num_classes}")
+    if image_size % arch["patch_size"]:
+        raise common.Abort(f"--image-size {image_size} is not a multiple of the teacher's patch "
+                           f"size {arch['patch_size']}")
+    broken = [k for k, v in state.items() if not v.isfinite().all()]
+    if broken:
+        raise common.Abort(f"{source} holds NaN or infinite weights: {', '.join(broken[:5])}")
+    grid = image_size // arch["patch_size"]
+    state["pos_embed"] = resize_pos_embed(state["pos_embed"], grid)
+    teacher = ViT(**{**arch, "image_size": image_size})
+    teacher.load_state_dict(state)
+    return teacher.requires_grad_(False).eval()
+
+
+def download(url):
+    try:
+        return torch.hub.load_state_dict_from_url(  # into torch.hub's cache, or from it
+            url, map_location="cpu", weights_only=True, check_hash="-" in Path(url).name)
+    except (OSError, RuntimeError) as error:  # no network; another file's hash
+        raise common.Abort(f"cannot download {url} ({error}); fetch it elsewhere and give it "
+                           f"with --teacher-weights FILE")
+
+
+def released_arch(name, state):
+    """ViT's arguments for the teacher `name`, with what the weights say themselves read off them."""
+    dim, depth, num_heads, deit3, _ = TEACHERS[name]
+    shape = {k: v.shape for k, v in state.items() if isinstance(v, torch.Tensor)}
+    rows = shape.get("pos_embed", (1, 197))[1]
+    patch_size = shape.get("patch_embed.proj.weight", (dim, 3, 16, 16))[-1]
+    return {"image_size": math.isqrt(rows) * patch_size, "patch_size": patch_size, "dim": dim,
+            "depth": depth, "num_heads": num_heads, "layer_scale": deit3,
+            "class_position": math.isqrt(rows) ** 2 != rows,
+            "num_classes": shape.get("head.weight", (1000,))[0]}
+
+
+def mismatches(state, arch):
+    """What keeps `state` from filling ViT(**arch): a list of phrases, empty if nothing does."""
+    with torch.device("meta"):
+        expected = {k: tuple(v.shape) for k, v in ViT(**arch).state_dict().items()}
+    found = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}
+    groups = {"missing": sorted(expected.keys() - found.keys()),
+              "unexpected": sorted(found.keys() - expected.keys()),
+              "of another shape": [f"{k} {found[k]} for {expected[k]}" for k in expected
+                                   if k in found and found[k] != expected[k]]}
+    return [f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in groups.items() if keys]
+
+
+def resize_pos_embed(pos_embed, grid):
+    """(1, [1+]N, D) -> (1, [1+]grid*grid, D): the patch part bicubically, the class row as it is.
+
+    Antialiased, even where the grid grows: only that kernel (a = -0.5) keeps linear ramps."""
+    old = math.isqrt(pos_embed.shape[1])
+    cls, patches = pos_embed[:, :-old * old], pos_embed[:, -old * old:]
+    if grid != old:
+        patches = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)      # (1, D, old, old)
+        patches = F.interpolate(patches.float(), (grid, grid), mode="bicubic", antialias=True)
+        patches = patches.flatten(2).transpose(1, 2)                        # (1, grid*grid, D)
+    return torch.cat([cls, patches], 1)
+
+
+# ------------------------------------------------------------------ training
+
+# ImageNet-1k top-1 of the students trained alone (paper): a teacher below that makes them worse.
+PUBLISHED_BASELINE = {"deit_t": 74.42, "deit_s": 80.55, "deit_b": 81.76}
+PAPER_TEACHER_DIM = {"micro": 384, "deit_t": 384, "deit_s": 768, "deit_b": 1024}
+
+
+class Objective(nn.Module):
+    """The student and all that is trained with it: one module, so that DistributedDataParallel
+    averages every gradient."""
+
+    def __init__(self, student, vitkd, args):
+        super().__init__()
+        self.student, self.vitkd, self.args = student, vitkd, args
+
+    def forward(self, images, target, teacher_features):
+        """Loss terms by name. images (B, 3, S, S), target (B,) or (B, C); what the teacher's
+        features() gives for the same images, or None."""
+        shallow, deep, logits = self.student.features(images)
+        losses = {"ce": F.cross_entropy(logits.float(), target,
+                                        label_smoothing=self.args.label_smoothing)}
+        if teacher_features is not None:
+            teacher_shallow, teacher_deep, teacher_logits = teacher_features
+            losses["mimicking"], losses["generation"] = self.vitkd(
+                shallow, deep, teacher_shallow, teacher_deep)
+            if not self.args.no_nkd:
+                losses["nkd"] = nkd_loss(logits, teacher_logits, target,
+                                         self.args.gamma, self.args.tau)
+        return losses
+
+
+def train(args, device):
+    """Train args.student, with args.teacher or alone. Returns the last epoch's record."""
+    started = time.perf_counter()
+    common.check_flags(args)
+    transform = common.train_transform(args.image_size, (args.crop_scale, 1.0), args.rand_augment,
+                                       args.random_erasing)
+    train_set, val_set, num_classes = common.rank_zero_first(
+        lambda: common.load_data(args, transform))
+    args.num_classes, args.train_images = num_classes, len(train_set)
+    autocast, scaler = common.set_precision(args.amp, device)
+
+    teacher, vitkd = None, None
+    dim, depth, num_heads = SIZES[args.student]
+    arch = {"image_size": args.image_size, "patch_size": args.patch_size, "dim": dim,
+            "depth": depth, "num_heads": num_heads, "num_classes": num_classes}
+    torch.manual_seed(args.seed)
+    student = ViT(**arch, drop_path=args.drop_path)
+    if args.teacher != "none":
+        teacher = common.rank_zero_first(lambda: load_teacher(
+            args.teacher, args.teacher_weights, num_classes, args.image_size)).to(device)
+        if teacher.patch_size != args.patch_size:
+            raise common.Abort(f"the teacher's patch size is {teacher.patch_size}, and ViTKD needs "
+                               f"the same patches: --patch-size {teacher.patch_size}")
+        vitkd = ViTKDLoss(dim, teacher.cls_token.shape[-1], args.alpha, args.beta, args.mask_ratio)
+    model = Objective(student, vitkd, args).to(device)
+    ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    trained = ema.module if ema else student  # what is evaluated and exported
+    optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr,
+                                  betas=(0.9, 0.999), fused=True)
+
+    checkpoint = common.open_run(args)
+    first_epoch, best = 0, -1.0
+    if checkpoint:
+        first_epoch, best = checkpoint["epoch"], checkpoint["best"]
+        student.load_state_dict(checkpoint["model"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        if vitkd:
+            vitkd.load_state_dict(checkpoint["vitkd"])
+        if ema:
+            ema.load_state_dict(checkpoint["ema"])
+
+    loader, val_loader = common.train_loader(train_set, args), common.val_loader(val_set, args)
+    if teacher and not checkpoint:
+        check_teacher(teacher, val_loader, device, autocast, args)
+    mix = [v2.MixUp(alpha=args.mixup, num_classes=num_classes)] if args.mixup else []
+    mix += [v2.CutMix(alpha=args.cutmix, num_classes=num_classes)] if args.cutmix else []
+    mix = v2.RandomChoice(mix) if mix else lambda *batch: batch  # one of them per batch
+    if args.compile:
+        model.compile(dynamic=False)
+        if teacher:
+            teacher.features = torch.compile(teacher.features, dynamic=False)
+    ddp, accumulate = model, contextlib.nullcontext
+    if common.world_size() > 1:
+        ddp = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
+                                      gradient_as_bucket_view=True)
+        accumulate = ddp.no_sync
+    prepared, began, record = time.perf_counter() - started, time.perf_counter(), None
+
+    for epoch in range(first_epoch, args.epochs):
+        common.seed_all(args.seed, epoch, common.rank())
+        books = common.Epoch(loader, epoch, args, device)
+        model.train()
+        for images, target, parts in books.batches():
+            lr = common.learning_rate(epoch * len(loader) + books.step, args, len(loader))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            images, target = mix(images, target)
+            for part, weight, last in parts:
+                with contextlib.nullcontext() if last else accumulate():
+                    with autocast():
+                        with torch.no_grad():
+                            features = teacher.features(images[part]) if teacher else None
+                        losses = ddp(images[part], target[part], features)
+                    scaler.scale(weight * sum(losses.values())).backward()
+                books.add(losses, weight)
+            books.update(optimizer, scaler)
+            if ema:
+                ema.update_parameters(student)
+        if args.dry_run:
+            return common.report_dry_run(args, books, trained, teacher, val_set, autocast, prepared)
+
+        record = {**books.record(), "lr": lr}
+        top1 = None
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            record.update(common.evaluate(trained, val_loader, device, autocast))
+            top1 = record["top1"]
+        record["seconds"] = time.perf_counter() - books.started
+        per_epoch = (time.perf_counter() - began) / (epoch + 1 - first_epoch)
+        common.log_epoch(args, record, per_epoch * (args.epochs - epoch - 1))
+        if common.rank() == 0:
+            export = {"model": trained.state_dict(), "arch": arch, "script": "vitkd", "top1": top1}
+            common.save_checkpoint(f"{args.out}/student.pth", **export)
+            if top1 is not None and top1 > best:
+                best = top1
+                common.save_checkpoint(f"{args.out}/best.pth", **export)
+            common.save_checkpoint(
+                f"{args.out}/last.pth", **{**export, "model": student.state_dict()},
+                vitkd=vitkd and vitkd.state_dict(), ema=ema and ema.state_dict(),
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), epoch=epoch + 1,
+                best=best, args=common.comparable(args))
+    return record
+
+
+def check_teacher(teacher, val_loader, device, autocast, args):
+    """Print the teacher's top-1 at this run's size; warn if it can only do harm."""
+    few = 4 if args.dry_run else None
+    top1 = common.evaluate(teacher, val_loader, device, autocast, few)["top1"]
+    common.say(f"teacher {args.teacher}: top-1 {top1:.2f} % at {args.image_size} px"
+               + (f", on the first {few} batches" if few else ""))
+    baseline = PUBLISHED_BASELINE.get(args.student, 0) if args.num_classes == 1000 else 0
+    if top1 < baseline:
+        common.warn(f"that is below {args.student} trained alone ({baseline} %, paper): it would "
+                    f"make the student worse. Were its weights made for another image size?")
+    N, D_t = teacher.pos_embed.shape[1] - teacher.class_position, teacher.cls_token.shape[-1]
+    if N != 196 and (args.alpha, args.beta) == (3e-5, 3e-6):
+        scale = 196 * PAPER_TEACHER_DIM[args.student] / (N * D_t)
+        common.warn(f"--alpha and --beta are for 196 tokens; the same weight per element at {N} "
+                    f"tokens of width {D_t}: --alpha {3e-5 * scale:.2g} --beta {3e-6 * scale:.2g}")
+
+
+# ------------------------------------------------------------------ command line
+
+
+def parse_args():
+    parser = common.Parser(__doc__)
+    common.data_flags(parser)
+    add = common.functools.partial(common.add_flag, parser.add_argument_group("models"))
+    add("--student", "deit_t", "the ViT to train: " + " ".join(SIZES), choices=list(SIZES),
+        metavar="NAME")
+    add("--teacher", "deit3_s", f"{' '.join(TEACHERS)},\nthe path of a student.pth, or none: train "
+        "without a teacher", metavar="NAME")
+    add("--teacher-weights", None, "file with the teacher's weights (default: its release, "
+        "downloaded)", metavar="FILE")
+    add("--patch-size", 16, "pixels a side of a patch; the teacher's must be the same", type=int)
+    add("--drop-path", None, "stochastic depth (default: 0.1 for deit_b, else 0)", type=float)
+    add = common.functools.partial(common.add_flag, parser.add_argument_group(
+        "loss", "Sums over tokens x channels: alpha and beta are for 196 tokens. Elsewhere multiply "
+        "them by\n(196 * D_ref) / (N * D_t), D_ref = 384, 768, 1024 for deit_t, deit_s, deit_b."))
+    add("--alpha", 3e-5, "weight of mimicking, L_m", type=float)
+    add("--beta", 3e-6, "weight of generation, L_g", type=float)
+    add("--mask-ratio", 0.5, "lambda: part of the student's tokens that is masked", type=float)
+    add("--no-nkd", False, "leave out NKD, the logit loss", action="store_true")
+    add("--gamma", 1.0, "NKD: weight of the non-target term", type=float)
+    add("--tau", 1.0, "NKD: temperature of the non-target term", type=float)
+    add = common.recipe_flags(parser, batch_size=1024, epochs=300, lr=1e-3, min_lr=1e-5,
+                              warmup_epochs=20, weight_decay=0.05, clip_grad=5.0)
+    add("--crop-scale", 0.08, "smallest part of an image's area that a random crop keeps", type=float)
+    add("--label-smoothing", 0.1, "of the supervised loss", type=float)
+    add("--mixup", 0.8, "alpha of MixUp, 0 for none", type=float)
+    add("--cutmix", 1.0, "alpha of CutMix, 0 for none; with both, one of them per batch", type=float)
+    add("--rand-augment", 9, "magnitude of RandAugment (0 to 10), 0 for none", type=int)
+    add("--random-erasing", 0.25, "probability of RandomErasing", type=float)
+    add("--ema", None, "decay of the average of the weights that is evaluated and exported,\n0 for "
+        "none (default: 0.99996 for deit_b, else 0)", type=float)
+    common.run_flags(parser)
+    args = parser.parse_args()
+    if args.drop_path is None:
+        args.drop_path = 0.1 if args.student == "deit_b" else 0.0
+    if args.ema is None:
+        args.ema = 0.99996 if args.student == "deit_b" else 0.0
+    if not 0 < args.mask_ratio <= 1:
+        parser.error("--mask-ratio must be above 0 and at most 1")
+    if args.teacher_weights and args.teacher not in TEACHERS:
+        parser.error(f"--teacher-weights goes with a teacher's name, not with {args.teacher}")
+    if args.out is None:
+        teacher = Path(args.teacher)
+        args.out = f"out/vitkd-{args.student}-{teacher.parent.name or teacher.name}"
+    return args
+
+
+def demo(args, device):
+    """Teacher, student alone, student distilled, on shapes: the same seed for both students."""
+    if common.world_size() > 1:
+        raise common.Abort("--demo is for a single process")
+    args.data, args.image_size, args.patch_size, args.batch_size = "shapes", 32, 8, 50
+    args.student, args.lr, args.eval_every, args.dry_run = "micro", 1e-3, 10**9, False
+    args.mixup = args.cutmix = args.label_smoothing = 0.0
+    scale = 196 * 384 / (16 * 96)  # to 16 tokens of width 96
+    args.alpha, args.beta = 3e-5 * scale, 3e-6 * scale
+    table = []
+    with tempfile.TemporaryDirectory() as folder:
+        for name, teacher, epochs in (("teacher", "none", 40), ("student alone", "none", 10),
+                                      ("student distilled", f"{folder}/teacher/student.pth", 10)):
+            run = copy.copy(args)
+            run.out, run.teacher, run.epochs = f"{folder}/{name.split()[-1]}", teacher, epochs
+            common.say(f"--- {name}, {epochs} epochs")
+            started = time.perf_counter()
+            top1 = train(run, device)["top1"]
+            table.append(f"{name:20s} top-1 {top1:5.1f} %  {time.perf_counter() - started:4.0f} s")
+    common.say("\n" + "\n".join(table))
+
+
+def main():
+    args = parse_args()
+    device = common.init_processes()
+    if args.demo:
+        return demo(args, device)
+    train(args, device)
+
+
+if __name__ == "__main__":
+    common.run(main)
