@@ -1,4 +1,4 @@
-"""What all the scripts need and no paper is about: processes, images, the schedule, checkpoints, logs.
+"""What all scripts need and no paper is about: processes, images, schedule, checkpoints, logs.
 
 Nothing here knows a model or a loss. In the order of a run:
 
@@ -11,7 +11,7 @@ Nothing here knows a model or a loss. In the order of a run:
     evaluate                           top-1 and top-5 over all ranks
     save_checkpoint, load_checkpoint   whole or not at all; read without running code
     open_run, log_epoch                --out, --resume, log.jsonl
-    *_flags, check_flags               the command line that all scripts share
+    Parser, *_flags, check_flags       the command line that all scripts share
 """
 
 import argparse
@@ -56,37 +56,25 @@ class Abort(Exception):
         self.status = status
 
 
-class Parser(argparse.ArgumentParser):
-    """ArgumentParser whose errors are one line, printed once however many ranks there are."""
-
-    def __init__(self, description):
-        super().__init__(description=description, formatter_class=argparse.RawTextHelpFormatter,
-                         allow_abbrev=False)
-
-    def error(self, message):
-        raise Abort(f"{message} (see --help)")
+_training = False  # then a signal lets the step under way finish
+_signal = 0  # number of the SIGTERM or SIGINT that was received
 
 
-_received_signal = None  # set while training: the step under way is finished first
+def _receive(number, frame):
+    global _signal
+    _signal = number
+    if not _training:
+        stop(number, "before training")
 
 
-def _stop_at_once(number, frame):
-    raise Abort(f"stopped by {signal.Signals(number).name}", 128 + number)
-
-
-def _stop_after_step(number, frame):
-    global _received_signal
-    _received_signal = number
-
-
-def stop_signals(handler):
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, handler)
+def stop(number, when):
+    raise Abort(f"stopped by {signal.Signals(number).name} {when}", 128 + number)
 
 
 def run(main):
     """Run a script's main() and turn Abort into one line on stderr and its exit status."""
-    stop_signals(_stop_at_once)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _receive)
     try:
         main()
     except Abort as abort:
@@ -271,7 +259,7 @@ class Shapes(Dataset):
         inside = inside[shape, torch.arange(len(keys))][:, None]                # (B, 1, S, S)
         stripe = ((9 * u + 6 * r[:, 4, None, None]).sin() > 0) & (striped == 1)[:, None, None]
         colours = torch.arange(3)[:, None] / 3 + 0.15 * r[:, 5:14].view(-1, 3, 3)
-        colours = (colours + r[:, 14:17, None].transpose(1, 2)) % 1   # (B, 3 colours, 3): all differ
+        colours = (colours + r[:, None, 14:17]) % 1                             # (B, 3, rgb)
         ground, colour, second = colours[..., None, None].unbind(1)             # (B, 3, 1, 1) each
         images = torch.where(inside, torch.where(stripe[:, None], second, colour), ground)
         images = (images - torch.tensor(MEAN)[:, None, None]) / torch.tensor(STD)[:, None, None]
@@ -359,8 +347,7 @@ def _start_worker(worker):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _loader(dataset, args, **keywords):
-    workers = 0 if isinstance(dataset, Shapes) else args.workers  # faster to draw than to send
+def _loader(dataset, workers, **keywords):
     return DataLoader(dataset, num_workers=workers, worker_init_fn=_start_worker,
                       pin_memory=torch.cuda.is_available(),
                       generator=torch.Generator(),  # its own: the loop's random numbers stay put
@@ -368,31 +355,33 @@ def _loader(dataset, args, **keywords):
 
 
 def train_loader(dataset, args):
+    """Batches of this process's share; set loader.batch_sampler.epoch before each pass."""
+    workers = 0 if isinstance(dataset, Shapes) else args.workers  # faster drawn than sent
     sampler = ShardedBatches(len(dataset), args.batch_size, args.seed)
-    workers = 0 if isinstance(dataset, Shapes) else args.workers
-    return _loader(dataset, args, batch_sampler=sampler, persistent_workers=workers > 0)
+    return _loader(dataset, workers, batch_sampler=sampler, persistent_workers=workers > 0)
 
 
 def val_loader(dataset, args):
     """This process's share of the validation images: every world_size-th, none twice."""
+    workers = 0 if isinstance(dataset, Shapes) else args.workers
     share = Subset(dataset, range(rank(), len(dataset), world_size()))
-    return _loader(share, args, batch_size=min(256, args.micro_batch))
+    return _loader(share, workers, batch_size=min(256, args.micro_batch))
 
 
 # ------------------------------------------------------------------ recipe
 
 
-def set_precision(amp, device):
-    """--amp -> (autocast, scaler): `with autocast():` around forward passes, a GradScaler."""
-    amp = amp or default_amp(device)
+def set_precision(args, device):
+    """(autocast, scaler) for --amp: `with autocast():` around forward passes, a GradScaler."""
+    args.amp = args.amp or default_amp(device)
     if device.type == "cpu":
-        # Measured here: the CPU's fused attention has a slow backward pass (bf16: 1.3 to 4 times
-        # the whole step at 17 to 197 tokens). scaled_dot_product_attention then takes plain matmuls.
+        # The CPU's fused attention has a slow backward pass, in bf16 above all: let
+        # scaled_dot_product_attention take plain matrix products instead (tests/bench.py).
         torch.backends.cuda.enable_flash_sdp(False)  # the CPU's too, despite the name
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=amp != "off")
-    return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
+    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=args.amp != "off")
+    return autocast, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
 
 def default_amp(device):
@@ -445,9 +434,10 @@ class Epoch:
         self.loader, self.epoch, self.args, self.device = loader, epoch, args, device
         self.step, self.images, self.unreadable, self.skipped = 0, 0, 0, 0
         self.sums, self.step_losses = {}, {}
-        self.waited, self.step_ends, self.step_waits = 0.0, [], []
+        self.step_waits = []
         self.started = time.perf_counter()
-        stop_signals(_stop_after_step)
+        global _training
+        _training = True
 
     def batches(self):
         self.bar = tqdm(total=DRY_RUN_STEPS if self.args.dry_run else len(self.loader),
@@ -500,10 +490,10 @@ class Epoch:
         finite = sum(self.step_losses.values()).isfinite()
         if not scaler.is_enabled():  # an fp16 overflow is the scaler's business
             finite = finite & norm.isfinite()
-        flags = torch.stack([~finite, torch.tensor(_received_signal or 0, device=self.device)])
+        flags = torch.stack([~finite, torch.tensor(_signal, device=self.device)])
         if dist.is_initialized():
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        bad, stop = flags.tolist()
+        bad, number = flags.tolist()
         if not bad:
             scaler.step(optimizer)
             for name, loss in self.step_losses.items():
@@ -518,23 +508,17 @@ class Epoch:
         self.step_losses = {}
         self.skipped += bad
         Epoch.bad_steps_in_a_row = Epoch.bad_steps_in_a_row + 1 if bad else 0
-        if stop:
-            self.stop(stop)
-        if Epoch.bad_steps_in_a_row == 10:
-            raise Abort(f"the loss was not finite ten steps in a row (epoch {self.epoch + 1}, step "
-                        f"{self.step}); {self.kept()}; try a lower --lr or --amp off", 1)
-
-    def kept(self):
         last = Path(self.args.out) / "last.pth"
-        return f"{last} keeps epoch {self.epoch}" if last.exists() else "no epoch was finished"
-
-    def stop(self, number):
-        raise Abort(f"stopped by {signal.Signals(number).name} in epoch {self.epoch + 1} of "
-                    f"{self.args.epochs}, step {self.step} of {len(self.loader)}; {self.kept()}"
-                    + ("; --resume goes on from there" if self.epoch else ""), 128 + number)
+        kept = f"{last} keeps epoch {self.epoch}" if self.epoch else "no epoch was finished"
+        where = f"in epoch {self.epoch + 1} of {self.args.epochs}, step {self.step}"
+        if number:
+            stop(number, f"{where}; {kept}" + ("; --resume goes on" if self.epoch else ""))
+        if Epoch.bad_steps_in_a_row == 10:
+            raise Abort(f"the loss was not finite ten steps in a row, {where}; {kept}; try a lower "
+                        f"--lr or --amp off", 1)
 
     def record(self):
-        """The epoch's line for log.jsonl so far: mean losses over steps and ranks, speed, memory."""
+        """The epoch's line for log.jsonl: losses (mean of steps and ranks), speed, memory."""
         seconds = time.perf_counter() - self.started
         names = list(self.sums)
         sums = all_reduce([float(self.sums[n]) for n in names]
@@ -567,18 +551,16 @@ def evaluate(model, loader, device, autocast, max_batches=None):
     model.eval()
     top1 = top5 = count = 0
     for batch, (images, target, _) in enumerate(loader):
-        if batch == max_batches or _received_signal:
+        if batch == max_batches or _signal:
             break
         with autocast():
             logits = model(images.to(device, non_blocking=True)).float()
         hits = logits.topk(min(5, logits.shape[1])).indices.cpu() == target[:, None]
         top1, top5, count = top1 + int(hits[:, 0].sum()), top5 + int(hits.sum()), count + len(hits)
-    *sums, stop = (*all_reduce([top1, top5, count], device),
-                   *all_reduce([_received_signal or 0], device, dist.ReduceOp.MAX))
-    if stop:
-        raise Abort(f"stopped by {signal.Signals(int(stop)).name} during an evaluation; last.pth, "
-                    f"if there is one, keeps the last finished epoch", 128 + int(stop))
-    top1, top5, count = sums
+    number, = all_reduce([_signal], device, dist.ReduceOp.MAX)
+    if number:
+        stop(int(number), "while evaluating; OUT/last.pth keeps the last epoch that was finished")
+    top1, top5, count = all_reduce([top1, top5, count], device)
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
 
 
@@ -705,89 +687,92 @@ def report_dry_run(args, books, student, teacher, val_set, autocast, prepared):
         f"({duration(whole)})")
 
 
-# ------------------------------------------------------------------ flags all scripts share
+# ------------------------------------------------------------------ the command line
 
 
-def data_flags(parser):
-    group = parser.add_argument_group("data")
-    add = functools.partial(add_flag, group)
-    add("--data", "data/imagenet", "ImageNet layout (train/CLASS/*, val/CLASS/*), or cifar10, "
-        "cifar100 (downloaded),\nor shapes (ten classes drawn in memory)")
-    add("--data-root", "data", "where cifar10 and cifar100 are downloaded to")
-    add("--data-fraction", 1.0, "use this fraction of each class's training images; smaller "
-        "fractions are\nsubsets of larger ones", type=float)
-    add("--image-size", 224, "pixels a side", type=int)
-    add("--workers", min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity")
-                         else os.cpu_count()), "processes that read images, per process", type=int)
+class Parser(argparse.ArgumentParser):
+    """ArgumentParser whose errors are one line, printed once however many ranks there are."""
+
+    def __init__(self, description):
+        super().__init__(description=description, allow_abbrev=False,
+                         formatter_class=functools.partial(
+                             argparse.RawDescriptionHelpFormatter, width=100, max_help_position=30))
+
+    def error(self, message):
+        raise Abort(f"{message} (see --help)")
+
+    def add_flags(self, title, flags, note=None):
+        """flags: (name, default, help). A type instead of a default: no default; False: a switch;
+        a list: choices."""
+        group = self.add_argument_group(title, note)
+        for name, default, text in flags:
+            if default is False:
+                group.add_argument(name, action="store_true", help=text)
+            elif isinstance(default, list):
+                group.add_argument(name, choices=default, help=text)
+            elif isinstance(default, type):
+                group.add_argument(name, type=default, help=text, metavar=default.__name__.upper())
+            else:
+                group.add_argument(name, default=default, type=type(default), metavar=type(
+                    default).__name__.upper(), help=f"{text} (default: {default})")
+        return group
 
 
-def recipe_flags(parser, batch_size, epochs, lr, min_lr, warmup_epochs, weight_decay, clip_grad):
-    group = parser.add_argument_group("recipe")
-    add = functools.partial(add_flag, group)
-    add("--batch-size", batch_size, "images per optimiser step over all processes", type=int)
-    add("--micro-batch", None, "images per forward pass and process; gradients of a step's passes "
-        "add up\n(default: all of the process's share)", type=int)
-    add("--epochs", epochs, "passes over the training images", type=int)
-    add("--lr", None, f"peak learning rate (default: {lr:g} * batch size / {batch_size})",
-        type=float)
-    add("--min-lr", min_lr, "learning rate the cosine ends at", type=float)
-    add("--warmup-epochs", None, "epochs of linear warm-up (default: a tenth of --epochs, at most "
-        f"{warmup_epochs})", type=float)
-    add("--weight-decay", weight_decay, "none on biases, norms, tokens, position embedding",
-        type=float)
-    add("--clip-grad", clip_grad, "largest gradient norm, 0 for no clipping", type=float)
-    add("--seed", 0, "of weights, data order and augmentation", type=int)
-    parser.set_defaults(reference_lr=lr / batch_size, most_warmup=warmup_epochs)
-    return add
+def data_flags():
+    cpus = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    return [
+        ("--data", "data/imagenet", "folder of {train,val}/CLASS/*, or cifar10, cifar100, shapes"),
+        ("--data-root", "data", "where cifar10 and cifar100 are downloaded to"),
+        ("--data-fraction", 1.0, "part of each class's training images to use; they are nested"),
+        ("--image-size", 224, "pixels a side"),
+        ("--workers", max(1, min(16, cpus)), "processes that read images, for each process")]
+
+
+def recipe_flags(batch_size, epochs, min_lr, weight_decay, clip_grad):
+    return [
+        ("--batch-size", batch_size, "images per step over all processes (batches are evened out)"),
+        ("--micro-batch", int, "images per forward pass and process (default: all of its share)"),
+        ("--epochs", epochs, "passes over the training images"),
+        ("--lr", float, "peak learning rate (default: see above)"),
+        ("--min-lr", min_lr, "learning rate the cosine ends at"),
+        ("--warmup-epochs", float, "epochs of linear warm-up from 0 (default: see above)"),
+        ("--weight-decay", weight_decay, "none on biases, norms, tokens, position embedding"),
+        ("--clip-grad", clip_grad, "largest gradient norm, 0: no clipping"),
+        ("--seed", 0, "of weights, data order and augmentation")]
 
 
 def run_flags(parser):
-    group = parser.add_argument_group("run")
-    add = functools.partial(add_flag, group)
-    add("--amp", None, "mixed precision (default: bf16 where the device is fast at it, else off)",
-        choices=["bf16", "fp16", "off"])
-    add("--compile", False, "torch.compile student and teacher", action="store_true")
-    add("--out", None, "folder of last.pth, best.pth, student.pth, log.jsonl, args.json\n(default: "
-        "out/SCRIPT-STUDENT-TEACHER)")
-    add("--resume", None, "go on from OUT/last.pth; --resume auto: start if there is none",
-        nargs="?", const="yes", choices=["yes", "auto"], metavar="auto")
-    add("--eval-every", 1, "epochs between evaluations", type=int)
-    add("--dry-run", False, f"the real thing for {DRY_RUN_STEPS} steps, then: images/s, memory, "
-        "waiting for data, hours\nof the whole run; nothing is written", action="store_true")
-    add("--demo", False, "a whole distillation in minutes: no data, no download, no GPU",
-        action="store_true")
-
-
-def add_flag(group, name, default, help, **keywords):
-    if default is not None and "action" not in keywords:
-        help += f" (default: {default})"
-    group.add_argument(name, default=default, help=help, **keywords)
+    group = parser.add_flags("run", [
+        ("--amp", ["bf16", "fp16", "off"], "default: bf16 where the device is fast at it"),
+        ("--compile", False, "torch.compile student and teacher"),
+        ("--out", str, "where the results go (default: out/SCRIPT-STUDENT-TEACHER)"),
+        ("--eval-every", 1, "epochs between evaluations"),
+        ("--dry-run", False, "20 steps, then: images/s, memory, hours of the run; writes nothing"),
+        ("--demo", False, "a whole distillation in minutes, nothing needed (heeds --seed, --amp)")])
+    group.add_argument("--resume", nargs="?", const="yes", choices=["yes", "auto"], metavar="auto",
+                       help="go on from OUT/last.pth; --resume auto: start if there is none")
 
 
 def check_flags(args):
-    """Fill in the defaults that depend on other flags; raise Abort where flags contradict."""
-    for name in ("batch_size", "epochs", "image_size", "eval_every"):
+    """Raise Abort where flags make no sense, by themselves or together."""
+    for name in ("batch_size", "epochs", "image_size", "patch_size", "eval_every"):
         if getattr(args, name) < 1:
             raise Abort(f"--{name.replace('_', '-')} must be at least 1")
     if not 0 < args.data_fraction <= 1:
         raise Abort("--data-fraction must be above 0 and at most 1")
-    if args.batch_size % world_size():
+    if args.warmup_epochs >= args.epochs:
+        raise Abort(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs "
+                    f"{args.epochs}")
+    share, rest = divmod(args.batch_size, world_size())
+    if rest:
         raise Abort(f"--batch-size {args.batch_size} is not divisible by the {world_size()} "
-                    f"processes: take {args.batch_size // world_size() * world_size() or world_size()}")
-    share = args.batch_size // world_size()
+                    f"processes: take {max(1, share) * world_size()}")
     args.micro_batch = args.micro_batch or share
     if share % args.micro_batch:
         raise Abort(f"--micro-batch {args.micro_batch} does not divide the {share} images that a "
                     f"process has of each batch")
-    if args.image_size % args.patch_size:
+    patches, rest = divmod(args.image_size, args.patch_size)
+    if rest:
         raise Abort(f"--image-size {args.image_size} is not a multiple of --patch-size "
-                    f"{args.patch_size}: take {args.image_size // args.patch_size * args.patch_size}"
-                    f" or {(args.image_size // args.patch_size + 1) * args.patch_size}")
-    if args.lr is None:
-        args.lr = args.reference_lr * args.batch_size
-    if args.warmup_epochs is None:
-        args.warmup_epochs = min(args.most_warmup, args.epochs / 10)
-    if args.warmup_epochs >= args.epochs:
-        raise Abort(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs "
-                    f"{args.epochs}")
-    del args.reference_lr, args.most_warmup
+                    f"{args.patch_size}: take {max(1, patches) * args.patch_size} or "
+                    f"{(patches + 1) * args.patch_size}")

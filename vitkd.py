@@ -188,7 +188,7 @@ class ViT(nn.Module):
 
     forward(images (B, 3, S, S)) -> logits (B, C); the normed class token (B, D) if num_classes = 0.
     drop_path: stochastic depth of the last block, growing linearly from 0 at the first.
-    For DeiT III: layer_scale, and class_position = False (no position embedding for the class token).
+    For DeiT III: layer_scale; class_position=False (the class token has no position embedding).
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=384, depth=12, num_heads=6,
@@ -239,7 +239,7 @@ class ViT(nn.Module):
 # ------------------------------------------------------------------ the teacher
 
 RELEASES = "https://dl.fbaipublicfiles.com/deit/"
-TEACHERS = {  # name: (dim, depth, num_heads, DeiT III's extras, file; 8 hex digits in it = its sha256)
+TEACHERS = {  # name: (dim, depth, num_heads, is DeiT III, file; hex digits start its sha256)
     "deit_t": (192, 12, 3, False, "deit_tiny_patch16_224-a1311bcf.pth"),
     "deit_s": (384, 12, 6, False, "deit_small_patch16_224-cd65a155.pth"),
     "deit_b": (768, 12, 12, False, "deit_base_patch16_224-b5f2ef4d.pth"),
@@ -308,7 +308,7 @@ def download(url):
 
 
 def released_arch(name, state):
-    """ViT's arguments for the teacher `name`, with what the weights say themselves read off them."""
+    """ViT's arguments for the teacher `name`: its size, and what the weights themselves say."""
     dim, depth, num_heads, deit3, _ = TEACHERS[name]
     shape = {k: v.shape for k, v in state.items() if isinstance(v, torch.Tensor)}
     rows = shape.get("pos_embed", (1, 197))[1]
@@ -384,7 +384,7 @@ def train(args, device):
     train_set, val_set, num_classes = common.rank_zero_first(
         lambda: common.load_data(args, transform))
     args.num_classes, args.train_images = num_classes, len(train_set)
-    autocast, scaler = common.set_precision(args.amp, device)
+    autocast, scaler = common.set_precision(args, device)
 
     teacher, vitkd = None, None
     dim, depth, num_heads = SIZES[args.student]
@@ -501,45 +501,54 @@ def check_teacher(teacher, val_loader, device, autocast, args):
 
 def parse_args():
     parser = common.Parser(__doc__)
-    common.data_flags(parser)
-    add = common.functools.partial(common.add_flag, parser.add_argument_group("models"))
-    add("--student", "deit_t", "the ViT to train: " + " ".join(SIZES), choices=list(SIZES),
-        metavar="NAME")
-    add("--teacher", "deit3_s", f"{' '.join(TEACHERS)},\nthe path of a student.pth, or none: train "
-        "without a teacher", metavar="NAME")
-    add("--teacher-weights", None, "file with the teacher's weights (default: its release, "
-        "downloaded)", metavar="FILE")
-    add("--patch-size", 16, "pixels a side of a patch; the teacher's must be the same", type=int)
-    add("--drop-path", None, "stochastic depth (default: 0.1 for deit_b, else 0)", type=float)
-    add = common.functools.partial(common.add_flag, parser.add_argument_group(
-        "loss", "Sums over tokens x channels: alpha and beta are for 196 tokens. Elsewhere multiply "
-        "them by\n(196 * D_ref) / (N * D_t), D_ref = 384, 768, 1024 for deit_t, deit_s, deit_b."))
-    add("--alpha", 3e-5, "weight of mimicking, L_m", type=float)
-    add("--beta", 3e-6, "weight of generation, L_g", type=float)
-    add("--mask-ratio", 0.5, "lambda: part of the student's tokens that is masked", type=float)
-    add("--no-nkd", False, "leave out NKD, the logit loss", action="store_true")
-    add("--gamma", 1.0, "NKD: weight of the non-target term", type=float)
-    add("--tau", 1.0, "NKD: temperature of the non-target term", type=float)
-    add = common.recipe_flags(parser, batch_size=1024, epochs=300, lr=1e-3, min_lr=1e-5,
-                              warmup_epochs=20, weight_decay=0.05, clip_grad=5.0)
-    add("--crop-scale", 0.08, "smallest part of an image's area that a random crop keeps", type=float)
-    add("--label-smoothing", 0.1, "of the supervised loss", type=float)
-    add("--mixup", 0.8, "alpha of MixUp, 0 for none", type=float)
-    add("--cutmix", 1.0, "alpha of CutMix, 0 for none; with both, one of them per batch", type=float)
-    add("--rand-augment", 9, "magnitude of RandAugment (0 to 10), 0 for none", type=int)
-    add("--random-erasing", 0.25, "probability of RandomErasing", type=float)
-    add("--ema", None, "decay of the average of the weights that is evaluated and exported,\n0 for "
-        "none (default: 0.99996 for deit_b, else 0)", type=float)
+    parser.add_flags("data", common.data_flags())
+    parser.add_flags("models", [
+        ("--student", "deit_t", f"the ViT to train: {', '.join(SIZES)}"),
+        ("--teacher", "deit3_s", "see above"),
+        ("--teacher-weights", str, "file of the named teacher's weights (default: download them)"),
+        ("--patch-size", 16, "pixels a side of a patch; the teacher's must be the same"),
+        ("--drop-path", float, "stochastic depth (default: 0.1 for deit_b, else 0)")],
+        f"Teachers: {', '.join(TEACHERS)};\nthe path of a student.pth; "
+        "or none: train the student without a teacher.")
+    parser.add_flags("loss", [
+        ("--alpha", 3e-5, "weight of mimicking, L_m"),
+        ("--beta", 3e-6, "weight of generation, L_g"),
+        ("--mask-ratio", 0.5, "lambda: part of the student's deep tokens that is masked"),
+        ("--no-nkd", False, "leave out NKD, the logit loss"),
+        ("--gamma", 1.0, "NKD: weight of the non-target term"),
+        ("--tau", 1.0, "NKD: temperature of the non-target term")],
+        "L_m and L_g are sums over N tokens x D_t channels: alpha and beta are for N = 196.\n"
+        "Elsewhere multiply them by (196 * D_ref) / (N * D_t) to keep the weight per element;\n"
+        "D_ref is the paper's teacher width: 384, 768, 1024 for deit_t, deit_s, deit_b.")
+    parser.add_flags("recipe", [
+        *common.recipe_flags(batch_size=1024, epochs=300, min_lr=1e-5, weight_decay=0.05,
+                             clip_grad=5.0),
+        ("--crop-scale", 0.08, "smallest part of an image's area that a random crop keeps"),
+        ("--label-smoothing", 0.1, "of the supervised loss"),
+        ("--mixup", 0.8, "alpha of MixUp, 0: none"),
+        ("--cutmix", 1.0, "alpha of CutMix, 0: none; with both, one of them per batch"),
+        ("--rand-augment", 9, "magnitude of RandAugment, 0 to 10, 0: none"),
+        ("--random-erasing", 0.25, "probability of RandomErasing"),
+        ("--ema", float, "decay of averaged weights to export, 0: none (default: deit_b 0.99996)")],
+        "Peak learning rate: 1e-3 for batches of 1024, in proportion for others.\n"
+        "Warm-up: 20 epochs, or a tenth of --epochs where that is less.")
     common.run_flags(parser)
     args = parser.parse_args()
+
+    if args.student not in SIZES:
+        parser.error(f"no student {args.student}: take {', '.join(SIZES)}")
+    if args.teacher_weights and args.teacher not in TEACHERS:
+        parser.error(f"--teacher-weights goes with a teacher's name, not with {args.teacher}")
+    if not 0 < args.mask_ratio <= 1:
+        parser.error("--mask-ratio must be above 0 and at most 1")
+    if args.lr is None:
+        args.lr = 1e-3 * args.batch_size / 1024
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(20, args.epochs / 10)
     if args.drop_path is None:
         args.drop_path = 0.1 if args.student == "deit_b" else 0.0
     if args.ema is None:
         args.ema = 0.99996 if args.student == "deit_b" else 0.0
-    if not 0 < args.mask_ratio <= 1:
-        parser.error("--mask-ratio must be above 0 and at most 1")
-    if args.teacher_weights and args.teacher not in TEACHERS:
-        parser.error(f"--teacher-weights goes with a teacher's name, not with {args.teacher}")
     if args.out is None:
         teacher = Path(args.teacher)
         args.out = f"out/vitkd-{args.student}-{teacher.parent.name or teacher.name}"
@@ -560,7 +569,8 @@ def demo(args, device):
         for name, teacher, epochs in (("teacher", "none", 40), ("student alone", "none", 10),
                                       ("student distilled", f"{folder}/teacher/student.pth", 10)):
             run = copy.copy(args)
-            run.out, run.teacher, run.epochs = f"{folder}/{name.split()[-1]}", teacher, epochs
+            run.out, run.teacher = f"{folder}/{name.split()[-1]}", teacher
+            run.epochs, run.warmup_epochs = epochs, epochs / 10
             common.say(f"--- {name}, {epochs} epochs")
             started = time.perf_counter()
             top1 = train(run, device)["top1"]

@@ -2,8 +2,8 @@
 
     torchrun --nproc_per_node 2 tests/ddp_gradients.py OUT MICRO_BATCH
 
-The mask, the one thing a step draws, is made a function of the patch's place, so that it is the same
-however the batch is divided; everything else is vitkd.py's and common.py's own code.
+The mask, the one thing a step draws, is made a function of the patch's place, so that it is the
+same however the batch is divided; everything else is vitkd.py's and common.py's own code.
 """
 
 import argparse

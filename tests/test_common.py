@@ -23,7 +23,7 @@ def settings(**changes):
     values = {"data": "shapes", "data_root": "data", "data_fraction": 1.0, "image_size": 16,
               "patch_size": 4, "batch_size": 16, "micro_batch": 16, "workers": 0, "seed": 0,
               "epochs": 4, "lr": 1.0, "min_lr": 0.1, "warmup_epochs": 1, "clip_grad": 0.0,
-              "eval_every": 1, "dry_run": False, "out": "out", "resume": None}
+              "eval_every": 1, "dry_run": False, "amp": "off", "out": "out", "resume": None}
     return argparse.Namespace(**{**values, **changes})
 
 
@@ -52,7 +52,7 @@ def test_shards_are_disjoint_complete_and_the_same_batches(length, batch_size, p
         shares = [epoch(number, rank, processes)[1] for rank in range(processes)]
         for step, batch in enumerate(whole):
             parts = [share[step] for share in shares]
-            assert list(itertools.chain(*parts)) == batch  # the very images one process would have taken
+            assert list(itertools.chain(*parts)) == batch  # the very images of one process
             assert len(batch) == sampler.batch_images(step) <= batch_size
             assert max(map(len, parts)) - min(map(len, parts)) <= 1
         assert sorted(itertools.chain(*whole)) == list(range(length))
@@ -92,13 +92,14 @@ def test_augmentation_depends_on_seed_and_key_alone(photos):
     assert torch.equal(torch.get_rng_state(), state)  # the loop's random numbers stay put
     torch.rand(5)
     assert torch.equal(data[17][0], first)
-    assert not torch.equal(data[17 + len(data)][0], first)  # next epoch: the same file, another crop
+    assert not torch.equal(data[17 + len(data)][0], first)  # next epoch: another crop
     assert data[17 + len(data)][1] == data[17][1]
     assert not torch.equal(common.Photos(base, transform, seed=4)[17][0], first)
 
 
 def test_workers_change_nothing(photos):
-    data = common.Photos(datasets.ImageFolder(photos / "train"), common.train_transform(16, rand_augment=9))
+    data = common.Photos(datasets.ImageFolder(photos / "train"),
+                         common.train_transform(16, rand_augment=9))
     epochs = []
     for workers in (0, 2):
         loader = common.train_loader(data, settings(workers=workers))
@@ -118,7 +119,8 @@ def test_transforms_have_the_recipes_form():
     part = (erased != white[:, None, None]).any(0).float().mean()
     assert 0.01 < part < 0.45
     # short side 256/224 of the size, then the centre: 32 of 37 rows of a ramp
-    ramp = Image.fromarray(np.linspace(0, 255, 37 * 37).reshape(37, 37).astype(np.uint8)).convert("RGB")
+    ramp = np.linspace(0, 255, 37 * 37).reshape(37, 37).astype(np.uint8)
+    ramp = Image.fromarray(ramp).convert("RGB")
     centre = common.val_transform(32)(ramp)[0] * common.STD[0] + common.MEAN[0]
     expected = torch.from_numpy(np.asarray(ramp)[2:34, 2:34, 0].copy()) / 255
     assert torch.allclose(centre, expected, atol=1e-5)
@@ -178,8 +180,8 @@ def test_real_images_greyscale_ones_among_them(tmp_path):
     assert grey
     for i in grey:
         image, _, unreadable = val[i]
-        pixels = image * torch.tensor(common.STD)[:, None, None] + torch.tensor(common.MEAN)[:, None, None]
-        assert unreadable == 0 and torch.allclose(pixels[0], pixels[2], atol=1e-5)
+        red, _, blue = (image[c] * common.STD[c] + common.MEAN[c] for c in range(3))
+        assert unreadable == 0 and torch.allclose(red, blue, atol=1e-5)
 
 
 def test_class_folders_that_differ(photos):
@@ -268,7 +270,7 @@ class Malicious:
 def test_checkpoints_never_run_code(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.save({"model": Malicious()}, "evil.pth")
-    (tmp_path / "old.pth").write_bytes(pickle.dumps(Malicious()))
+    (tmp_path / "old.pth").write_bytes(pickle.dumps(Malicious(), protocol=2))
     for name in ("evil.pth", "old.pth"):
         with pytest.raises(common.Abort, match="never run"):
             common.load_checkpoint(name)
@@ -306,7 +308,7 @@ def one_parameter():
 def test_a_bad_step_is_skipped_and_ten_in_a_row_end_the_run(monkeypatch):
     monkeypatch.setattr(common.Epoch, "bad_steps_in_a_row", 0)
     args, data = settings(batch_size=4, micro_batch=4), common.Shapes("train", 16, 80)
-    _, scaler = common.set_precision("off", torch.device("cpu"))
+    _, scaler = common.set_precision(settings(), torch.device("cpu"))
     weight, optimizer = one_parameter()
     books = common.Epoch(common.train_loader(data, args), 0, args, torch.device("cpu"))
     with pytest.raises(common.Abort, match="not finite ten steps in a row") as error:
@@ -328,7 +330,7 @@ def test_too_many_unreadable_images_are_an_error(photos):
     args = settings(data=photos)
     train, *_ = common.load_data(args, common.train_transform(16))
     weight, optimizer = one_parameter()
-    _, scaler = common.set_precision("off", torch.device("cpu"))
+    _, scaler = common.set_precision(settings(), torch.device("cpu"))
     books = common.Epoch(common.train_loader(train, args), 0, args, torch.device("cpu"))
     for _ in books.batches():
         loss = weight.sum()

@@ -1,4 +1,4 @@
-"""vitkd.py: the losses against float64, the ViT and its teachers against independent forward passes."""
+"""vitkd.py: the losses against float64, ViT and teachers against independent forward passes."""
 
 import math
 from fractions import Fraction
@@ -37,7 +37,8 @@ def numpy_vitkd(loss, s_shallow, s_deep, t_shallow, t_deep, mask):
     mimicking = sum(np.sum((align(s, f"align_shallow.{i}") - t)**2)
                     for i, (s, t) in enumerate(zip(s_shallow, t_shallow)))
     x = align(s_deep, "align_deep")
-    x = np.where(mask[..., None] > 0, p["mask_token"], x).reshape(B, math.isqrt(N), math.isqrt(N), -1)
+    g = math.isqrt(N)
+    x = np.where(mask[..., None] > 0, p["mask_token"], x).reshape(B, g, g, -1)
     x = np.maximum(numpy_conv3x3(x, p["generator.0.weight"], p["generator.0.bias"]), 0)
     x = numpy_conv3x3(x, p["generator.2.weight"], p["generator.2.bias"]).reshape(B, N, -1)
     generation = np.sum(mask[..., None] * (x - t_deep)**2)
@@ -492,10 +493,10 @@ def test_a_weak_teacher_is_warned_of(capsys, monkeypatch):
     """Evaluating at the run's size shows what a teacher of another size is worth."""
     args = vitkd.common.argparse.Namespace(
         student="deit_t", teacher="deit3_s", dry_run=False, num_classes=1000, image_size=16,
-        alpha=1.0, beta=1.0)
+        alpha=1.0, beta=1.0, amp="off")
     teacher = vitkd.ViT(16, 4, 24, 2, 3, 1000).eval()
     images = [(torch.randn(8, 3, 16, 16), torch.arange(8), torch.zeros(8))]
-    autocast, _ = common.set_precision("off", torch.device("cpu"))
+    autocast, _ = common.set_precision(args, torch.device("cpu"))
     vitkd.check_teacher(teacher, images, torch.device("cpu"), autocast, args)
     out, err = capsys.readouterr()
     assert "teacher deit3_s: top-1" in out and "below deit_t trained alone (74.42 %, paper)" in err

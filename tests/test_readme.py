@@ -1,0 +1,44 @@
+"""README.md: its commands parse, its code runs."""
+
+import re
+import shlex
+
+import torch
+from conftest import ROOT
+
+import vitkd
+
+README = (ROOT / "README.md").read_text()
+
+
+def blocks(language):
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_block_runs():
+    code, = blocks("python")
+    values = {
+        "student_shallow": [torch.randn(2, 196, 192)] * 2, "student_deep": torch.randn(2, 196, 192),
+        "teacher_shallow": [torch.randn(2, 196, 384)] * 2, "teacher_deep": torch.randn(2, 196, 384),
+        "student_logits": torch.randn(2, 10), "teacher_logits": torch.randn(2, 10),
+        "target": torch.tensor([1, 2]), "cross_entropy": torch.tensor(2.0)}
+    exec(code, values)
+    assert values["loss"].isfinite() and values["loss"] > 2
+
+
+def test_every_command_of_a_script_parses(monkeypatch):
+    commands = [shlex.split(line, comments=True) for block in blocks("bash")
+                for line in block.splitlines()]
+    ours = [words for words in commands if "vitkd.py" in words and "--help" not in words]
+    assert len(ours) >= 6
+    for words in ours:
+        monkeypatch.setattr("sys.argv", words[words.index("vitkd.py"):])
+        vitkd.parse_args()
+
+
+def test_ci_runs_the_readmes_test_command():
+    import subprocess
+    script = (ROOT / ".ci" / "run").read_text().replace("python3 -m venv", "exit; #")
+    shown = subprocess.run(["bash", "-c", script, str(ROOT / ".ci" / "run")], cwd=ROOT, text=True,
+                           capture_output=True, check=True)
+    assert shown.stdout.startswith("+ pip install -r requirements.txt && python -m pytest ")
