@@ -239,6 +239,16 @@ def test_a_failing_save_keeps_the_old_file(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["last.pth"]
 
 
+def test_a_reader_never_sees_half_a_file(tmp_path):
+    """The new file takes the old one's place by rename: who has the old one open keeps all of it."""
+    path = tmp_path / "last.pth"
+    common.save_checkpoint(path, weight=torch.ones(3))
+    before = path.read_bytes()
+    with open(path, "rb") as reader:
+        common.save_checkpoint(path, weight=torch.zeros(3))
+        assert reader.read() == before != path.read_bytes()
+
+
 def test_a_kill_while_saving_keeps_the_old_file(tmp_path):
     """SIGKILL in the middle of torch.save: the process kills itself when half the file is out."""
     path = tmp_path / "last.pth"

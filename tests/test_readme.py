@@ -22,7 +22,7 @@ def test_the_python_block_runs():
         "teacher_shallow": [torch.randn(2, 196, 384)] * 2, "teacher_deep": torch.randn(2, 196, 384),
         "student_logits": torch.randn(2, 10), "teacher_logits": torch.randn(2, 10),
         "target": torch.tensor([1, 2]), "cross_entropy": torch.tensor(2.0)}
-    exec(code, values)
+    exec(code, values)  # noqa: S102 - the README is ours
     assert values["loss"].isfinite() and values["loss"] > 2
 
 

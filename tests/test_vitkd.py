@@ -346,13 +346,13 @@ def test_drop_path_grows_with_depth_and_rests_in_eval():
 
 
 def test_position_embedding_resize_keeps_constants_and_ramps():
-    cls = torch.full((1, 1, 2), 7.0)
+    cls = torch.full((1, 1, 3), 7.0)
     ramp = torch.linspace(-1, 1, 14).repeat(14, 1)
-    patches = torch.stack([torch.full((14, 14), 0.3), ramp], -1).reshape(1, 196, 2)
+    patches = torch.stack([torch.full((14, 14), 0.3), ramp, ramp**2], -1).reshape(1, 196, 3)
     for grid in (7, 16, 28):
         new = vitkd.resize_pos_embed(torch.cat([cls, patches], 1), grid)
         assert torch.equal(new[:, :1], cls)
-        new = new[:, 1:].reshape(grid, grid, 2)
+        new = new[:, 1:].reshape(grid, grid, 3)
         assert torch.allclose(new[..., 0], torch.tensor(0.3))
         # pixel centres: column j of the new grid lies at (j + 0.5) * 14 / grid - 0.5 of the old
         at = (torch.arange(grid) + 0.5) * 14 / grid - 0.5
@@ -361,9 +361,11 @@ def test_position_embedding_resize_keeps_constants_and_ramps():
         assert inner.sum() >= 3
         expected = (-1 + 2 * at / 13)[inner].expand(grid, -1)
         assert torch.allclose(new[:, inner, 1], expected, atol=1e-5)
+        if grid > 14:  # the cubic kernel keeps parabolas, too, where it only interpolates
+            assert torch.allclose(new[:, inner, 2], expected**2, atol=1e-5)
     same = vitkd.resize_pos_embed(patches, 14)  # DeiT III: no class row
     assert torch.equal(same, patches)
-    assert vitkd.resize_pos_embed(patches, 7).shape == (1, 49, 2)
+    assert vitkd.resize_pos_embed(patches, 7).shape == (1, 49, 3)
 
 
 def test_teacher_at_another_image_size(released):
