@@ -15,7 +15,7 @@ Nothing here knows a model or a loss. In the order of a run:
 """
 
 import argparse
-import contextlib
+import datetime
 import functools
 import json
 import math
@@ -39,7 +39,7 @@ from tqdm import tqdm
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DRY_RUN_STEPS = 20
 SCRIPT = Path(sys.argv[0]).name
-# What a resumed run may change: nothing of it alters the result.
+# What a resumed run may change: it alters nothing (--compile: nothing but rounding).
 FREE_ON_RESUME = {"data", "data_root", "teacher_weights", "out", "resume", "workers", "micro_batch",
                   "eval_every", "compile", "dry_run"}
 
@@ -47,13 +47,17 @@ FREE_ON_RESUME = {"data", "data_root", "teacher_weights", "out", "resume", "work
 # ------------------------------------------------------------------ errors, signals, processes
 
 
-class Abort(Exception):
+class Abort(BaseException):
     """Ends the program with one line on stderr and `status`: 2 wrong input, 1 training failed,
-    143 / 130 stopped by SIGTERM / SIGINT."""
+    143 / 130 stopped by SIGTERM / SIGINT. No `except Exception` swallows it."""
 
     def __init__(self, message, status=2):
         super().__init__(message)
         self.status = status
+
+
+class Unreadable(Exception):
+    """So many files in a row cannot be read that it is not the files."""
 
 
 _training = False  # then a signal lets the step under way finish
@@ -76,7 +80,14 @@ def run(main):
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _receive)
     try:
-        main()
+        try:
+            main()
+        except Unreadable as error:  # from a loader's worker: the message is its last line
+            raise Abort(str(error).splitlines()[-1].removeprefix("common.Unreadable: "), 1)
+        except RuntimeError:
+            if not _signal:
+                raise
+            stop(_signal, "together with its workers; OUT/last.pth keeps the last epoch finished")
     except Abort as abort:
         if local_rank() == 0:
             kind = "" if abort.status > 128 else "error: "
@@ -91,15 +102,16 @@ def init_processes():
     """Join torchrun's process group if there is one. Returns this process's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_rank() >= torch.cuda.device_count():
-            raise Abort(f"process {local_rank()} has no GPU: this machine has "
-                        f"{torch.cuda.device_count()}; lower --nproc_per_node")
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if processes > gpus:
+            raise Abort(f"{processes} processes for the {gpus} GPUs of this machine: take "
+                        f"--nproc_per_node {gpus}")
         device = torch.device("cuda", local_rank())
         torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True
-    if "RANK" in os.environ and not dist.is_initialized():
+    if "RANK" in os.environ:
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=datetime.timedelta(hours=1),  # rank 0 may be downloading
                                 device_id=device if device.type == "cuda" else None)
     return device
 
@@ -131,11 +143,11 @@ def rank_zero_first(load):
         try:
             result = load()
         except Abort as abort:
-            failure = [str(abort)]
+            failure = [(str(abort), abort.status)]
     if dist.is_initialized():
         dist.broadcast_object_list(failure, src=0)
     if failure[0]:
-        raise Abort(failure[0])
+        raise Abort(*failure[0])
     return result if rank() == 0 else load()
 
 
@@ -150,13 +162,8 @@ def warn(text):
         print(f"{SCRIPT}: warning: {text}", file=sys.stderr, flush=True)
 
 
-def seed_all(*numbers):
-    """Seed torch from e.g. (seed, epoch, rank): every tuple has unrelated random numbers."""
-    torch.manual_seed(mix_seed(*numbers))
-
-
 def mix_seed(*numbers):
-    """One 63-bit seed from several non-negative numbers."""
+    """One seed from e.g. (seed, epoch, rank): every tuple has unrelated random numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -207,7 +214,7 @@ class Photos(Dataset):
         return len(self.indices)
 
     def __getitem__(self, key):
-        for unreadable in range(len(self)):
+        for unreadable in range(min(100, len(self))):
             index = int(self.indices[(key + unreadable) % len(self)])
             try:
                 image, label = self.base[index]
@@ -218,7 +225,7 @@ class Photos(Dataset):
                     print(f"{SCRIPT}: unreadable image, replaced by the next: "
                           f"{self.base.samples[index][0]} ({error})", file=sys.stderr, flush=True)
         else:
-            raise RuntimeError("not one image is readable")
+            raise Unreadable(f"{unreadable + 1} images in a row are unreadable: is the disk gone?")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, key))
             return self.transform(image), label, unreadable
@@ -320,10 +327,11 @@ class ShardedBatches:
     """
 
     def __init__(self, length, batch_size, seed):
-        if length < world_size():
-            raise Abort(f"{length} training images are fewer than the {world_size()} processes")
         self.length, self.seed, self.epoch = length, seed, 0
         self.steps = math.ceil(length / batch_size)
+        if length // self.steps < world_size():
+            raise Abort(f"{length} images in batches of {batch_size} leave some of the "
+                        f"{world_size()} processes without one: raise --batch-size")
 
     def __len__(self):
         return self.steps
@@ -379,6 +387,8 @@ def set_precision(args, device):
         # scaled_dot_product_attention take plain matrix products instead (tests/bench.py).
         torch.backends.cuda.enable_flash_sdp(False)  # the CPU's too, despite the name
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    elif args.amp != "off":
+        torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=args.amp != "off")
     return autocast, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -421,7 +431,7 @@ class Epoch:
             for part, weight, last in parts:      # micro-batches
                 ... losses = {"name": scalar}; (weight * sum of losses).backward()
                 books.add(losses, weight)
-            books.update(optimizer, scaler)
+            books.optimizer_step(optimizer, scaler)
 
     `weight` is the micro-batch's share of the whole batch times the number of processes, so that
     gradients added up here and averaged by DistributedDataParallel are the whole batch's mean,
@@ -436,8 +446,6 @@ class Epoch:
         self.sums, self.step_losses = {}, {}
         self.step_waits = []
         self.started = time.perf_counter()
-        global _training
-        _training = True
 
     def batches(self):
         self.bar = tqdm(total=DRY_RUN_STEPS if self.args.dry_run else len(self.loader),
@@ -448,11 +456,10 @@ class Epoch:
             for step, images, target, unreadable in source:
                 self.images += len(images)
                 self.unreadable += int(unreadable.sum())
-                total = self.loader.batch_sampler.batch_images(step)
-                ends = [*range(self.args.micro_batch, len(images), self.args.micro_batch),
-                        len(images)]
-                parts = [(slice(start, end), (end - start) * world_size() / total,
-                          end == len(images)) for start, end in zip([0, *ends], ends)]
+                n, m = len(images), self.args.micro_batch
+                scale = world_size() / self.loader.batch_sampler.batch_images(step)
+                parts = [(slice(start, start + m), min(m, n - start) * scale, start + m >= n)
+                         for start in range(0, n, m)]
                 yield (images.to(self.device, non_blocking=True),
                        target.to(self.device, non_blocking=True), parts)
 
@@ -481,9 +488,9 @@ class Epoch:
             share = loss.detach().float() * weight
             self.step_losses[name] = self.step_losses.get(name, 0) + share
 
-    def update(self, optimizer, scaler):
-        """Optimiser step, unless a loss was not finite on any rank (ten such in a row are an
-        error): all ranks agree, and agree on stopping for a signal too."""
+    def optimizer_step(self, optimizer, scaler):
+        """Clip and step, unless a loss was not finite on any rank (ten such in a row are an
+        error): all ranks agree on that, and on stopping for a signal, too."""
         scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf)
@@ -547,20 +554,24 @@ def peak_memory_gb(device):
 
 @torch.inference_mode()
 def evaluate(model, loader, device, autocast, max_batches=None):
-    """{"top1": percent, "top5": percent} over the validation images of all processes, each once."""
+    """{"top1": percent, "top5": percent} over the validation images of all processes, each once;
+    unreadable ones are left out."""
     model.eval()
-    top1 = top5 = count = 0
-    for batch, (images, target, _) in enumerate(loader):
+    top1 = top5 = count = unreadable = 0
+    for batch, (images, target, skipped) in enumerate(loader):
         if batch == max_batches or _signal:
             break
         with autocast():
             logits = model(images.to(device, non_blocking=True)).float()
         hits = logits.topk(min(5, logits.shape[1])).indices.cpu() == target[:, None]
+        hits, unreadable = hits[skipped == 0], unreadable + int((skipped > 0).sum())
         top1, top5, count = top1 + int(hits[:, 0].sum()), top5 + int(hits.sum()), count + len(hits)
     number, = all_reduce([_signal], device, dist.ReduceOp.MAX)
     if number:
         stop(int(number), "while evaluating; OUT/last.pth keeps the last epoch that was finished")
-    top1, top5, count = all_reduce([top1, top5, count], device)
+    top1, top5, count, unreadable = all_reduce([top1, top5, count, unreadable], device)
+    if unreadable > 0.01 * count:
+        raise Abort(f"{unreadable:.0f} validation images are unreadable, more than 1 %", 1)
     return {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
 
 
@@ -579,8 +590,7 @@ def save_checkpoint(path, **state):
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise
 
 
@@ -606,10 +616,12 @@ def load_checkpoint(path):
 
 def open_run(args):
     """Make or check --out. Returns last.pth's content if the run goes on from it, else None."""
-    out, last = Path(args.out), Path(args.out) / "last.pth"
+    global _training
+    _training = True
     if args.dry_run:
         return None
-    checkpoint = None
+    out, checkpoint = Path(args.out), None
+    last, log = out / "last.pth", out / "log.jsonl"
     if args.resume and (last.exists() or args.resume != "auto"):
         checkpoint = load_checkpoint(last)
         now, then = comparable(args), checkpoint["args"]
@@ -617,22 +629,34 @@ def open_run(args):
                    for name in sorted(now.keys() | then.keys()) if now.get(name) != then.get(name)]
         if changed:
             raise Abort(f"{last} is of a run with other settings: {', '.join(changed)}")
-    elif not args.resume and (last.exists() or (out / "log.jsonl").exists()):
+        if checkpoint["epoch"] == args.epochs:
+            say(f"{last} is of a finished run: nothing is left to do")
+    elif last.exists():
         raise Abort(f"{out} already holds a run: --resume goes on with it, --out takes another")
-    if dist.is_initialized():
-        dist.barrier()  # all have looked before rank 0 makes the folder
-    if rank() == 0:
+    epochs = [checkpoint and checkpoint["epoch"]] * world_size()
+    if dist.is_initialized():  # also: all have looked before rank 0 writes
+        dist.all_gather_object(epochs, epochs[0])
+    if len(set(epochs)) > 1:
+        raise Abort(f"--out {out} is not the same folder for all processes: they must share it")
+
+    def prepare():
+        if rank() != 0:
+            return
+        # A run killed between its log line and its checkpoint does that epoch again.
+        lines = log.read_text().splitlines() if checkpoint and log.exists() else []
+        kept = [line for line in lines if line.endswith("}")
+                and json.loads(line)["epoch"] <= checkpoint["epoch"]]
         try:
             out.mkdir(parents=True, exist_ok=True)
             (out / "args.json").write_text(json.dumps(
                 {**vars(args), "processes": world_size(), "torch": torch.__version__}, indent=1))
-            # A run killed between its log line and its checkpoint does that epoch again.
-            lines = (out / "log.jsonl").read_text().splitlines() if checkpoint else []
-            keep = [line + "\n" for line in lines
-                    if json.loads(line)["epoch"] <= checkpoint["epoch"]]
-            (out / "log.jsonl").write_text("".join(keep))
+            temporary = out / "log.jsonl.tmp"
+            temporary.write_text("".join(f"{line}\n" for line in kept))
+            temporary.replace(log)
         except OSError as error:
-            raise Abort(f"cannot write to {out}: {error}")
+            raise Abort(f"cannot write to --out {out}: {error}")
+
+    rank_zero_first(prepare)
     return checkpoint
 
 
@@ -646,9 +670,9 @@ def log_epoch(args, record, seconds_left):
     if rank() == 0:
         with open(Path(args.out) / "log.jsonl", "a") as file:
             file.write(json.dumps(record) + "\n")
-    hidden = {"epoch", "seconds", "unreadable", "skipped_steps", "data_wait", "peak_memory_gb"}
-    shown = "  ".join(f"{k} {v:.4g}" for k, v in record.items() if k not in hidden or
-                      k in ("unreadable", "skipped_steps") and v)
+    hidden = {"epoch", "seconds", "data_wait", "peak_memory_gb"}
+    hidden |= {name for name in ("unreadable", "skipped_steps") if not record[name]}
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name not in hidden)
     say(f"epoch {record['epoch']}/{args.epochs}  {shown}  {record['seconds']:.0f} s, "
         f"{duration(seconds_left)} left")
 
@@ -702,43 +726,66 @@ class Parser(argparse.ArgumentParser):
         raise Abort(f"{message} (see --help)")
 
     def add_flags(self, title, flags, note=None):
-        """flags: (name, default, help). A type instead of a default: no default; False: a switch;
-        a list: choices."""
+        """flags: (name, default, help[, interval]); a type instead of a default: there is none;
+        False: a switch; a list: choices. interval, e.g. "(0, 1]": the values that are allowed."""
         group = self.add_argument_group(title, note)
-        for name, default, text in flags:
+        for name, default, text, *interval in flags:
+            kind = default if isinstance(default, type) else type(default)
+            convert = functools.partial(number_in, interval[0], kind) if interval else kind
             if default is False:
                 group.add_argument(name, action="store_true", help=text)
             elif isinstance(default, list):
                 group.add_argument(name, choices=default, help=text)
-            elif isinstance(default, type):
-                group.add_argument(name, type=default, help=text, metavar=default.__name__.upper())
+            elif default is kind:
+                group.add_argument(name, type=convert, help=text, metavar=kind.__name__.upper())
             else:
-                group.add_argument(name, default=default, type=type(default), metavar=type(
-                    default).__name__.upper(), help=f"{text} (default: {default})")
+                group.add_argument(name, type=convert, help=f"{text} (default: {default})",
+                                   default=default, metavar=kind.__name__.upper())
         return group
 
 
+def number_in(interval, kind, text):
+    """argparse's type for a number in an interval such as "[0, 1)"."""
+    low, high = map(float, interval[1:-1].split(","))
+    try:
+        value = kind(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of type {kind.__name__}")
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below):
+        raise argparse.ArgumentTypeError(f"{text} is not in {interval}")
+    return value
+
+
 def data_flags():
-    cpus = os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    cpus //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return [
         ("--data", "data/imagenet", "folder of {train,val}/CLASS/*, or cifar10, cifar100, shapes"),
         ("--data-root", "data", "where cifar10 and cifar100 are downloaded to"),
-        ("--data-fraction", 1.0, "part of each class's training images to use; they are nested"),
-        ("--image-size", 224, "pixels a side"),
-        ("--workers", max(1, min(16, cpus)), "processes that read images, for each process")]
+        ("--data-fraction", 1.0, "part of each class's training images to use; they are nested",
+         "(0, 1]"),
+        ("--image-size", 224, "pixels a side", "[1, inf)"),
+        ("--workers", max(1, min(16, cpus)), "processes that read images, for each process",
+         "[0, inf)")]
 
 
 def recipe_flags(batch_size, epochs, min_lr, weight_decay, clip_grad):
     return [
-        ("--batch-size", batch_size, "images per step over all processes (batches are evened out)"),
-        ("--micro-batch", int, "images per forward pass and process (default: all of its share)"),
-        ("--epochs", epochs, "passes over the training images"),
-        ("--lr", float, "peak learning rate (default: see above)"),
-        ("--min-lr", min_lr, "learning rate the cosine ends at"),
-        ("--warmup-epochs", float, "epochs of linear warm-up from 0 (default: see above)"),
-        ("--weight-decay", weight_decay, "none on biases, norms, tokens, position embedding"),
-        ("--clip-grad", clip_grad, "largest gradient norm, 0: no clipping"),
-        ("--seed", 0, "of weights, data order and augmentation")]
+        ("--batch-size", batch_size, "images per step over all processes (batches are evened out)",
+         "[1, inf)"),
+        ("--micro-batch", int, "images per forward pass and process (default: all of its share)",
+         "[1, inf)"),
+        ("--epochs", epochs, "passes over the training images", "[1, inf)"),
+        ("--lr", float, "peak learning rate (default: see above)", "(0, inf)"),
+        ("--min-lr", min_lr, "learning rate the cosine ends at", "[0, inf)"),
+        ("--warmup-epochs", float, "epochs of linear warm-up from 0 (default: see above)",
+         "[0, inf)"),
+        ("--weight-decay", weight_decay, "none on biases, norms, tokens, position embedding",
+         "[0, inf)"),
+        ("--clip-grad", clip_grad, "largest gradient norm, 0: no clipping", "[0, inf)"),
+        ("--seed", 0, "of weights, data order and augmentation", "[0, inf)")]
 
 
 def run_flags(parser):
@@ -746,7 +793,7 @@ def run_flags(parser):
         ("--amp", ["bf16", "fp16", "off"], "default: bf16 where the device is fast at it"),
         ("--compile", False, "torch.compile student and teacher"),
         ("--out", str, "where the results go (default: out/SCRIPT-STUDENT-TEACHER)"),
-        ("--eval-every", 1, "epochs between evaluations"),
+        ("--eval-every", 1, "epochs between evaluations", "[1, inf)"),
         ("--dry-run", False, "20 steps, then: images/s, memory, hours of the run; writes nothing"),
         ("--demo", False, "a whole distillation in minutes, nothing needed (heeds --seed, --amp)")])
     group.add_argument("--resume", nargs="?", const="yes", choices=["yes", "auto"], metavar="auto",
@@ -754,12 +801,7 @@ def run_flags(parser):
 
 
 def check_flags(args):
-    """Raise Abort where flags make no sense, by themselves or together."""
-    for name in ("batch_size", "epochs", "image_size", "patch_size", "eval_every"):
-        if getattr(args, name) < 1:
-            raise Abort(f"--{name.replace('_', '-')} must be at least 1")
-    if not 0 < args.data_fraction <= 1:
-        raise Abort("--data-fraction must be above 0 and at most 1")
+    """Raise Abort where flags contradict each other."""
     if args.warmup_epochs >= args.epochs:
         raise Abort(f"--warmup-epochs {args.warmup_epochs:g} leaves nothing of --epochs "
                     f"{args.epochs}")

@@ -12,7 +12,9 @@ The idea. A ViT's first blocks look alike in teacher and student, its last ones 
 What is distilled are the FFN's outputs in the residual stream, not attention maps.
 
 Formulas and constants are the authors' (papers and released code). Ours: RandAugment is
-torchvision's, whose operations differ a little from timm's; --lr follows the batch size.
+torchvision's, whose operations differ a little from timm's; --lr follows the batch size; an
+epoch's batches are evened out instead of dropping the last; position embeddings are resized
+with antialiasing.
 
 The paper's headline, DeiT-T <- DeiT III-S on ImageNet-1k, 74.42 -> 77.78 top-1 (paper):
     torchrun --nproc_per_node 8 vitkd.py --data data/imagenet --teacher deit3_s --student deit_t
@@ -23,6 +25,7 @@ On a laptop, in minutes, with nothing to download:
 import contextlib
 import copy
 import math
+import pickle
 import tempfile
 import time
 from pathlib import Path
@@ -40,6 +43,9 @@ import common
 # ------------------------------------------------------------------ the loss
 
 
+ALPHA, BETA = 3e-5, 3e-6  # for N = 196 patch tokens, i.e. 224 px and patch 16
+
+
 class ViTKDLoss(nn.Module):
     """Feature distillation between two ViTs with the same patch grid (arXiv 2209.02432, section 3).
 
@@ -49,7 +55,7 @@ class ViTKDLoss(nn.Module):
     Both are sums over N * D_t: the defaults of alpha and beta are for N = 196 (224 px, patch 16).
     """
 
-    def __init__(self, student_dim, teacher_dim, alpha=3e-5, beta=3e-6, mask_ratio=0.5):
+    def __init__(self, student_dim, teacher_dim, alpha=ALPHA, beta=BETA, mask_ratio=0.5):
         super().__init__()
         self.alpha, self.beta, self.mask_ratio = alpha, beta, mask_ratio
 
@@ -90,7 +96,7 @@ class ViTKDLoss(nn.Module):
 
 def random_mask(batch_size, num_tokens, mask_ratio, device=None):
     """(B, N) bool, True = masked: N - floor(N * (1 - mask_ratio)) random tokens of each image."""
-    masked = num_tokens - math.floor(num_tokens * (1 - mask_ratio) + 1e-9)  # 0.1 isn't binary
+    masked = num_tokens - math.floor(num_tokens * (1 - mask_ratio) + 1e-9)  # 10 * (1 - 0.9) < 1
     chosen = torch.rand(batch_size, num_tokens, device=device).topk(masked, dim=1).indices
     mask = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
     return mask.scatter(1, chosen, True)
@@ -269,7 +275,7 @@ def load_teacher(name, weights=None, num_classes=1000, image_size=224):
         if not isinstance(checkpoint, dict) or not {"model", "arch", "script"} <= checkpoint.keys():
             raise common.Abort(f"{name} is no student.pth of this project; for released weights "
                                f"take --teacher NAME --teacher-weights {name}")
-        if checkpoint["script"] not in ("vitkd", "attndistill"):
+        if checkpoint["script"] != "vitkd":
             raise common.Abort(f"{name} was written by {checkpoint['script']}.py, whose ViT is "
                                f"another one")
         state, arch = checkpoint["model"], checkpoint["arch"]
@@ -305,10 +311,16 @@ def download(url):
     except (OSError, RuntimeError) as error:  # no network; another file's hash
         raise common.Abort(f"cannot download {url} ({error}); fetch it elsewhere and give it "
                            f"with --teacher-weights FILE")
+    except pickle.UnpicklingError:
+        raise common.Abort(f"what was downloaded from {url} is not a weights file: delete "
+                           f"{torch.hub.get_dir()}/checkpoints/{Path(url).name}")
 
 
 def released_arch(name, state):
-    """ViT's arguments for the teacher `name`: its size, and what the weights themselves say."""
+    """ViT's arguments for the teacher `name`: its size, and what the weights themselves say.
+
+    Where the weights lack a key, any value serves: mismatches() will report the key. DeiT III's
+    pos_embed has N = g*g rows, DeiT's 1 + N."""
     dim, depth, num_heads, deit3, _ = TEACHERS[name]
     shape = {k: v.shape for k, v in state.items() if isinstance(v, torch.Tensor)}
     rows = shape.get("pos_embed", (1, 197))[1]
@@ -334,7 +346,7 @@ def mismatches(state, arch):
 def resize_pos_embed(pos_embed, grid):
     """(1, [1+]N, D) -> (1, [1+]grid*grid, D): the patch part bicubically, the class row as it is.
 
-    Antialiased, even where the grid grows: only that kernel (a = -0.5) keeps linear ramps."""
+    antialias=True turns torch's cubic kernel from a = -0.75 into a = -0.5, which keeps ramps."""
     old = math.isqrt(pos_embed.shape[1])
     cls, patches = pos_embed[:, :-old * old], pos_embed[:, -old * old:]
     if grid != old:
@@ -355,9 +367,9 @@ class Objective(nn.Module):
     """The student and all that is trained with it: one module, so that DistributedDataParallel
     averages every gradient."""
 
-    def __init__(self, student, vitkd, args):
+    def __init__(self, student, distiller, args):
         super().__init__()
-        self.student, self.vitkd, self.args = student, vitkd, args
+        self.student, self.distiller, self.args = student, distiller, args
 
     def forward(self, images, target, teacher_features):
         """Loss terms by name. images (B, 3, S, S), target (B,) or (B, C); what the teacher's
@@ -367,7 +379,7 @@ class Objective(nn.Module):
                                         label_smoothing=self.args.label_smoothing)}
         if teacher_features is not None:
             teacher_shallow, teacher_deep, teacher_logits = teacher_features
-            losses["mimicking"], losses["generation"] = self.vitkd(
+            losses["mimicking"], losses["generation"] = self.distiller(
                 shallow, deep, teacher_shallow, teacher_deep)
             if not self.args.no_nkd:
                 losses["nkd"] = nkd_loss(logits, teacher_logits, target,
@@ -386,7 +398,7 @@ def train(args, device):
     args.num_classes, args.train_images = num_classes, len(train_set)
     autocast, scaler = common.set_precision(args, device)
 
-    teacher, vitkd = None, None
+    teacher, distiller = None, None
     dim, depth, num_heads = SIZES[args.student]
     arch = {"image_size": args.image_size, "patch_size": args.patch_size, "dim": dim,
             "depth": depth, "num_heads": num_heads, "num_classes": num_classes}
@@ -398,8 +410,9 @@ def train(args, device):
         if teacher.patch_size != args.patch_size:
             raise common.Abort(f"the teacher's patch size is {teacher.patch_size}, and ViTKD needs "
                                f"the same patches: --patch-size {teacher.patch_size}")
-        vitkd = ViTKDLoss(dim, teacher.cls_token.shape[-1], args.alpha, args.beta, args.mask_ratio)
-    model = Objective(student, vitkd, args).to(device)
+        distiller = ViTKDLoss(dim, teacher.cls_token.shape[-1], args.alpha, args.beta,
+                              args.mask_ratio)
+    model = Objective(student, distiller, args).to(device)
     ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     trained = ema.module if ema else student  # what is evaluated and exported
     optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr,
@@ -412,46 +425,45 @@ def train(args, device):
         student.load_state_dict(checkpoint["model"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
-        if vitkd:
-            vitkd.load_state_dict(checkpoint["vitkd"])
+        if distiller:
+            distiller.load_state_dict(checkpoint["distiller"])
         if ema:
             ema.load_state_dict(checkpoint["ema"])
 
-    loader, val_loader = common.train_loader(train_set, args), common.val_loader(val_set, args)
+    loader, val_batches = common.train_loader(train_set, args), common.val_loader(val_set, args)
     if teacher and not checkpoint:
-        check_teacher(teacher, val_loader, device, autocast, args)
+        check_teacher(teacher, val_batches, device, autocast, args)
     mix = [v2.MixUp(alpha=args.mixup, num_classes=num_classes)] if args.mixup else []
     mix += [v2.CutMix(alpha=args.cutmix, num_classes=num_classes)] if args.cutmix else []
     mix = v2.RandomChoice(mix) if mix else lambda *batch: batch  # one of them per batch
-    if args.compile:
+    if args.compile:  # in place: the names in state_dict() stay; evaluation runs eagerly
         model.compile(dynamic=False)
         if teacher:
             teacher.features = torch.compile(teacher.features, dynamic=False)
-    ddp, accumulate = model, contextlib.nullcontext
+    ddp = model
     if common.world_size() > 1:
         ddp = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
                                       gradient_as_bucket_view=True)
-        accumulate = ddp.no_sync
     prepared, began, record = time.perf_counter() - started, time.perf_counter(), None
 
     for epoch in range(first_epoch, args.epochs):
-        common.seed_all(args.seed, epoch, common.rank())
+        torch.manual_seed(common.mix_seed(args.seed, epoch, common.rank()))
         books = common.Epoch(loader, epoch, args, device)
         model.train()
-        for images, target, parts in books.batches():
-            lr = common.learning_rate(epoch * len(loader) + books.step, args, len(loader))
+        for step, (images, target, parts) in enumerate(books.batches()):
+            lr = common.learning_rate(epoch * len(loader) + step, args, len(loader))
             for group in optimizer.param_groups:
                 group["lr"] = lr
             images, target = mix(images, target)
-            for part, weight, last in parts:
-                with contextlib.nullcontext() if last else accumulate():
+            for part, weight, last in parts:  # micro-batches; weight: share of the step's mean
+                with contextlib.nullcontext() if last or ddp is model else ddp.no_sync():
                     with autocast():
                         with torch.no_grad():
-                            features = teacher.features(images[part]) if teacher else None
-                        losses = ddp(images[part], target[part], features)
+                            guide = teacher.features(images[part]) if teacher else None
+                        losses = ddp(images[part], target[part], guide)
                     scaler.scale(weight * sum(losses.values())).backward()
                 books.add(losses, weight)
-            books.update(optimizer, scaler)
+            books.optimizer_step(optimizer, scaler)  # clips; skips a step that is not finite
             if ema:
                 ema.update_parameters(student)
         if args.dry_run:
@@ -460,7 +472,7 @@ def train(args, device):
         record = {**books.record(), "lr": lr}
         top1 = None
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
-            record.update(common.evaluate(trained, val_loader, device, autocast))
+            record.update(common.evaluate(trained, val_batches, device, autocast))
             top1 = record["top1"]
         record["seconds"] = time.perf_counter() - books.started
         per_epoch = (time.perf_counter() - began) / (epoch + 1 - first_epoch)
@@ -473,16 +485,17 @@ def train(args, device):
                 common.save_checkpoint(f"{args.out}/best.pth", **export)
             common.save_checkpoint(
                 f"{args.out}/last.pth", **{**export, "model": student.state_dict()},
-                vitkd=vitkd and vitkd.state_dict(), ema=ema and ema.state_dict(),
+                distiller=distiller.state_dict() if distiller else None,
+                ema=ema.state_dict() if ema else None,
                 optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), epoch=epoch + 1,
                 best=best, args=common.comparable(args))
     return record
 
 
-def check_teacher(teacher, val_loader, device, autocast, args):
+def check_teacher(teacher, val_batches, device, autocast, args):
     """Print the teacher's top-1 at this run's size; warn if it can only do harm."""
     few = 4 if args.dry_run else None
-    top1 = common.evaluate(teacher, val_loader, device, autocast, few)["top1"]
+    top1 = common.evaluate(teacher, val_batches, device, autocast, few)["top1"]
     common.say(f"teacher {args.teacher}: top-1 {top1:.2f} % at {args.image_size} px"
                + (f", on the first {few} batches" if few else ""))
     baseline = PUBLISHED_BASELINE.get(args.student, 0) if args.num_classes == 1000 else 0
@@ -490,10 +503,10 @@ def check_teacher(teacher, val_loader, device, autocast, args):
         common.warn(f"that is below {args.student} trained alone ({baseline} %, paper): it would "
                     f"make the student worse. Were its weights made for another image size?")
     N, D_t = teacher.pos_embed.shape[1] - teacher.class_position, teacher.cls_token.shape[-1]
-    if N != 196 and (args.alpha, args.beta) == (3e-5, 3e-6):
-        scale = 196 * PAPER_TEACHER_DIM[args.student] / (N * D_t)
-        common.warn(f"--alpha and --beta are for 196 tokens; the same weight per element at {N} "
-                    f"tokens of width {D_t}: --alpha {3e-5 * scale:.2g} --beta {3e-6 * scale:.2g}")
+    scale = 196 * PAPER_TEACHER_DIM[args.student] / (N * D_t)
+    if scale != 1 and (args.alpha, args.beta) == (ALPHA, BETA):
+        common.warn(f"--alpha and --beta are the paper's; the same weight per element with {N} "
+                    f"tokens of width {D_t}: --alpha {ALPHA * scale:.2g} --beta {BETA * scale:.2g}")
 
 
 # ------------------------------------------------------------------ command line
@@ -506,30 +519,34 @@ def parse_args():
         ("--student", "deit_t", f"the ViT to train: {', '.join(SIZES)}"),
         ("--teacher", "deit3_s", "see above"),
         ("--teacher-weights", str, "file of the named teacher's weights (default: download them)"),
-        ("--patch-size", 16, "pixels a side of a patch; the teacher's must be the same"),
-        ("--drop-path", float, "stochastic depth (default: 0.1 for deit_b, else 0)")],
+        ("--patch-size", 16, "pixels a side of a patch; the teacher's must be the same",
+         "[1, inf)"),
+        ("--drop-path", float, "stochastic depth (default: 0.1 for deit_b, else 0)", "[0, 1)")],
         f"Teachers: {', '.join(TEACHERS)};\nthe path of a student.pth; "
         "or none: train the student without a teacher.")
     parser.add_flags("loss", [
-        ("--alpha", 3e-5, "weight of mimicking, L_m"),
-        ("--beta", 3e-6, "weight of generation, L_g"),
-        ("--mask-ratio", 0.5, "lambda: part of the student's deep tokens that is masked"),
+        ("--alpha", ALPHA, "weight of mimicking, L_m", "[0, inf)"),
+        ("--beta", BETA, "weight of generation, L_g", "[0, inf)"),
+        ("--mask-ratio", 0.5, "lambda: part of the student's deep tokens that is masked",
+         "(0, 1]"),
         ("--no-nkd", False, "leave out NKD, the logit loss"),
-        ("--gamma", 1.0, "NKD: weight of the non-target term"),
-        ("--tau", 1.0, "NKD: temperature of the non-target term")],
+        ("--gamma", 1.0, "NKD: weight of the non-target term", "[0, inf)"),
+        ("--tau", 1.0, "NKD: temperature of the non-target term", "(0, inf)")],
         "L_m and L_g are sums over N tokens x D_t channels: alpha and beta are for N = 196.\n"
         "Elsewhere multiply them by (196 * D_ref) / (N * D_t) to keep the weight per element;\n"
         "D_ref is the paper's teacher width: 384, 768, 1024 for deit_t, deit_s, deit_b.")
     parser.add_flags("recipe", [
         *common.recipe_flags(batch_size=1024, epochs=300, min_lr=1e-5, weight_decay=0.05,
                              clip_grad=5.0),
-        ("--crop-scale", 0.08, "smallest part of an image's area that a random crop keeps"),
-        ("--label-smoothing", 0.1, "of the supervised loss"),
-        ("--mixup", 0.8, "alpha of MixUp, 0: none"),
-        ("--cutmix", 1.0, "alpha of CutMix, 0: none; with both, one of them per batch"),
-        ("--rand-augment", 9, "magnitude of RandAugment, 0 to 10, 0: none"),
-        ("--random-erasing", 0.25, "probability of RandomErasing"),
-        ("--ema", float, "decay of averaged weights to export, 0: none (default: deit_b 0.99996)")],
+        ("--crop-scale", 0.08, "smallest part of an image's area that a random crop keeps",
+         "(0, 1]"),
+        ("--label-smoothing", 0.1, "of the supervised loss", "[0, 1]"),
+        ("--mixup", 0.8, "alpha of MixUp, 0: none", "[0, inf)"),
+        ("--cutmix", 1.0, "alpha of CutMix, 0: none; with both, one of them per batch", "[0, inf)"),
+        ("--rand-augment", 9, "magnitude of RandAugment, 0 to 10, 0: none", "[0, 10]"),
+        ("--random-erasing", 0.25, "probability of RandomErasing", "[0, 1]"),
+        ("--ema", float, "decay of averaged weights to export, 0: none (default: deit_b 0.99996)",
+         "[0, 1)")],
         "Peak learning rate: 1e-3 for batches of 1024, in proportion for others.\n"
         "Warm-up: 20 epochs, or a tenth of --epochs where that is less.")
     common.run_flags(parser)
@@ -539,8 +556,6 @@ def parse_args():
         parser.error(f"no student {args.student}: take {', '.join(SIZES)}")
     if args.teacher_weights and args.teacher not in TEACHERS:
         parser.error(f"--teacher-weights goes with a teacher's name, not with {args.teacher}")
-    if not 0 < args.mask_ratio <= 1:
-        parser.error("--mask-ratio must be above 0 and at most 1")
     if args.lr is None:
         args.lr = 1e-3 * args.batch_size / 1024
     if args.warmup_epochs is None:
@@ -560,10 +575,11 @@ def demo(args, device):
     if common.world_size() > 1:
         raise common.Abort("--demo is for a single process")
     args.data, args.image_size, args.patch_size, args.batch_size = "shapes", 32, 8, 50
-    args.student, args.lr, args.eval_every, args.dry_run = "micro", 1e-3, 10**9, False
+    args.student, args.lr, args.eval_every = "micro", 1e-3, 10**9
+    args.dry_run, args.resume = False, None
     args.mixup = args.cutmix = args.label_smoothing = 0.0
     scale = 196 * 384 / (16 * 96)  # to 16 tokens of width 96
-    args.alpha, args.beta = 3e-5 * scale, 3e-6 * scale
+    args.alpha, args.beta = ALPHA * scale, BETA * scale
     table = []
     with tempfile.TemporaryDirectory() as folder:
         for name, teacher, epochs in (("teacher", "none", 40), ("student alone", "none", 10),

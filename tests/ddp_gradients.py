@@ -60,7 +60,7 @@ def main():
                 losses = ddp(images[part], target[part], teacher.features(images[part]))
                 (weight * sum(losses.values())).backward()
             books.add(losses, weight)
-        books.update(Record(), NoScaler())
+        books.optimizer_step(Record(), NoScaler())
     record = books.record()
     if common.rank() == 0:
         torch.save({"gradients": gradients, "losses": {k: record[k] for k in losses}}, out)

@@ -145,6 +145,68 @@ def test_unreadable_images_are_replaced_counted_and_named_once(photos, capsys):
     assert data[42][2] == 0
 
 
+def test_a_vanished_disk_is_one_line_not_a_million(photos, capsys, monkeypatch):
+    base = datasets.ImageFolder(photos / "train")
+    data = common.Photos(base, common.val_transform(16))
+    for path in photos.glob("train/*/*"):
+        path.unlink()
+
+    def read():
+        for _ in common.train_loader(data, settings(workers=1)):
+            pass
+
+    monkeypatch.setattr(common, "SCRIPT", "vitkd.py")
+    with pytest.raises(SystemExit) as stop:
+        common.run(read)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "vitkd.py: error: 100 images in a row are unreadable: is the disk gone?")
+
+
+def test_unreadable_validation_images_are_left_out(photos):
+    """All answers are class 0: the stand-in for the broken file must not count."""
+    path = photos / "val" / "ant" / "003.jpg"
+    content = path.read_bytes()
+    path.write_bytes(b"")
+    args = settings(data=photos)
+    _, val, _ = common.load_data(args, None)
+    autocast, _ = common.set_precision(args, torch.device("cpu"))
+
+    class Zero(torch.nn.Module):
+        def forward(self, images):
+            return torch.tensor([1.0, 0.0, 0.0]).expand(len(images), 3)
+
+    def evaluate():
+        return common.evaluate(Zero(), common.val_loader(val, args), torch.device("cpu"), autocast)
+
+    with pytest.raises(common.Abort, match="1 validation images are unreadable, more than 1 %"):
+        evaluate()
+    path.write_bytes(content)
+    assert evaluate()["top1"] == pytest.approx(100 / 3)
+
+
+@pytest.mark.parametrize("length, batch_size, processes", [(1001, 8, 8), (3, 4, 4)])
+def test_no_process_is_left_without_an_image(length, batch_size, processes, monkeypatch):
+    pretend_processes(monkeypatch, 0, processes)
+    with pytest.raises(common.Abort, match="without one: raise --batch-size"):
+        common.ShardedBatches(length, batch_size, seed=0)
+
+
+def test_signals_are_not_swallowed_by_error_handlers(monkeypatch):
+    """Before training a signal raises wherever it hits, also inside a file reader."""
+    def interrupted(*_, **__):
+        common._receive(15, None)
+
+    monkeypatch.setattr(common, "_training", False)
+    monkeypatch.setattr(common, "_signal", 0)
+    monkeypatch.setattr(torch, "load", interrupted)
+    for read in (lambda: common.load_checkpoint("x.pth"),
+                 lambda: common.rank_zero_first(lambda: common.load_checkpoint("x.pth"))):
+        with pytest.raises(common.Abort, match="stopped by SIGTERM before training") as abort:
+            read()
+        assert abort.value.status == 143
+
+
 def test_shapes_are_fresh_every_epoch_and_fixed_for_validation():
     train, val = common.Shapes("train", 24, 50, seed=1), common.Shapes("val", 24, 50)
     first, again, second = (train.__getitems__(keys) for keys in
@@ -240,7 +302,7 @@ def test_a_failing_save_keeps_the_old_file(tmp_path):
 
 
 def test_a_reader_never_sees_half_a_file(tmp_path):
-    """The new file takes the old one's place by rename: who has the old one open keeps all of it."""
+    """The new file takes the old one's place by rename: who has the old one open keeps it."""
     path = tmp_path / "last.pth"
     common.save_checkpoint(path, weight=torch.ones(3))
     before = path.read_bytes()
@@ -326,7 +388,7 @@ def test_a_bad_step_is_skipped_and_ten_in_a_row_end_the_run(monkeypatch):
             loss = (weight * (math.nan if step >= 3 else 1.0)).sum()
             loss.backward()
             books.add({"loss": loss}, 1.0)
-            books.update(optimizer, scaler)
+            books.optimizer_step(optimizer, scaler)
     assert error.value.status == 1 and step == 12
     assert weight.item() == pytest.approx(1 - 3 * 0.1)
     record = books.record()
@@ -346,7 +408,7 @@ def test_too_many_unreadable_images_are_an_error(photos):
         loss = weight.sum()
         loss.backward()
         books.add({"loss": loss}, 1.0)
-        books.update(optimizer, scaler)
+        books.optimizer_step(optimizer, scaler)
     with pytest.raises(common.Abort, match="5 of 120 images were unreadable"):
         books.record()
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import re
 import shutil
 import signal
@@ -92,6 +93,11 @@ def test_defaults_are_the_recipe(monkeypatch):
     assert (args.drop_path, args.ema, args.lr) == (0.1, 0.99996, 2.5e-4)
 
 
+class Malicious:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code ran')",))
+
+
 def bad_inputs(photos, tmp):
     """(name, arguments, what the one line must say)"""
     none = ["--teacher", "none"]
@@ -103,8 +109,9 @@ def bad_inputs(photos, tmp):
     (tmp / "half" / "train").mkdir(parents=True)
     torch.save({"model": {"fc.weight": torch.zeros(1)}}, tmp / "resnet.pth")
     (tmp / "cut.pth").write_bytes((tmp / "resnet.pth").read_bytes()[:500])
+    (tmp / "code.pth").write_bytes(pickle.dumps(Malicious(), protocol=2))
     (tmp / "occupied").mkdir()
-    (tmp / "occupied" / "log.jsonl").write_text("")
+    (tmp / "occupied" / "last.pth").write_text("")
     deit = ["--teacher", "deit_t", "--teacher-weights"]
     return [
         ("no data", ["--data", tmp / "nowhere", *none], "no folder .*nowhere/train.*CLASS"),
@@ -115,27 +122,34 @@ def bad_inputs(photos, tmp):
         ("unknown student", [*here, *none, "--student", "huge"], "micro.*deit_t"),
         ("no weights", [*here, *deit, tmp / "no.pth"], "no file .*no.pth"),
         ("truncated", [*here, *deit, tmp / "cut.pth"], "cut.pth is damaged"),
+        ("code", [*here, *deit, tmp / "code.pth"], "code.pth .*holds code, which is never run"),
         ("another model", [*here, *deit, tmp / "resnet.pth"],
          "152 missing: blocks.0.attn.proj.bias, .*1 unexpected: fc.weight"),
         ("weights of nobody", [*here, *none, "--teacher-weights", "x"], "goes with a teacher's"),
         ("image size", [*here, *none, "--image-size", 18], "18 is not a multiple.* 16 or 20"),
         ("micro-batch", [*here, *none, "--micro-batch", 5], "5 does not divide the 16"),
-        ("mask ratio", [*here, *none, "--mask-ratio", 0], "--mask-ratio must be above 0"),
-        ("fraction", [*here, *none, "--data-fraction", 1.5], "--data-fraction must be"),
+        ("mask ratio", [*here, *none, "--mask-ratio", 0], r"--mask-ratio: 0 is not in \(0, 1\]"),
+        ("fraction", [*here, "--data-fraction", 2], r"--data-fraction: 2 is not in \(0, 1\]"),
         ("warm-up", [*here, *none, "--epochs", 3, "--warmup-epochs", 3], "leaves nothing"),
         ("nothing to resume", [*here, *none, "--resume"], "no file .*out/last.pth"),
         ("occupied", ["--data", photos, *none, "--out", tmp / "occupied"], "already holds a run"),
         ("unknown flag", [*here, "--epoch", 3], "unrecognized arguments: --epoch"),
-        ("not a number", [*here, "--epochs", "many"], "invalid int value: 'many'"),
-        ("no epochs", [*here, *none, "--epochs", 0], "--epochs must be at least 1"),
-        ("no download", ["--data", "cifar10", "--data-root", tmp / "c", *none],
+        ("not a number", [*here, "--epochs", "many"], "--epochs: many is not a number"),
+        ("no epochs", [*here, *none, "--epochs", 0], r"--epochs: 0 is not in \[1, inf\)"),
+        ("negative", [*here, *none, "--mixup", -1], r"--mixup: -1 is not in \[0, inf\)"),
+        ("nan", [*here, *none, "--lr", "nan"], r"--lr: nan is not in"),
+        ("no folder", ["--data", photos, *none, "--out", "/proc/nowhere"], "cannot write to --out"),
+        ("no data download", ["--data", "cifar10", "--data-root", tmp / "c", *none],
          "cannot download http.*cifar"),
+        ("no teacher download", [*here, "--teacher", "deit_s"],
+         "cannot download http.*deit_small_patch16_224-cd65a155.pth .*--teacher-weights FILE"),
     ]
 
 
 def test_bad_inputs_are_one_line_and_status_2(photos, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")  # no download: nobody listens there
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     for name, arguments, message in bad_inputs(photos, tmp_path):
         status, _, err = in_process(vitkd, capsys, monkeypatch, *MICRO, *arguments)
         assert status == 2, (name, err)
@@ -202,7 +216,8 @@ def test_a_run_and_what_it_leaves(teacher, tmp_path):
     assert "other settings: --alpha 0.001 -> 0.5\n" in err
     # A finished run resumed has nothing left to do, and --resume auto accepts it.
     before = (folder / "log.jsonl").read_text()
-    run(*again, "--alpha", 1e-3, "--resume", "auto")
+    out, _ = run(*again, "--alpha", 1e-3, "--resume", "auto")
+    assert "nothing is left to do" in out
     assert (folder / "log.jsonl").read_text() == before
 
 
@@ -278,7 +293,7 @@ def test_resume_after_kill_equals_the_uninterrupted_run_bit_for_bit(teacher, tmp
     run(*command, "--out", tmp_path / "whole")
     killed_in_epoch_two([*command, "--out", tmp_path / "killed"], tmp_path / "killed")
     with open(tmp_path / "killed" / "log.jsonl", "a") as log:  # killed between log and checkpoint
-        log.write(json.dumps({"epoch": 3}) + "\n")
+        log.write(json.dumps({"epoch": 3}) + '\n{"epoch": 4, "ce"')  # ... and in a log line
     run(*command, "--out", tmp_path / "killed", "--resume")
     for name in ("student.pth", "best.pth", "last.pth"):
         assert same_weights(tmp_path / "whole" / name, tmp_path / "killed" / name)
