@@ -47,11 +47,18 @@ FREE_ON_RESUME = {"data", "data_root", "teacher_weights", "out", "resume", "work
 # ------------------------------------------------------------------ errors, signals, processes
 
 
-class Abort(BaseException):
-    """Ends the program with one line on stderr and `status`: 2 wrong input, 1 training failed,
-    143 / 130 stopped by SIGTERM / SIGINT. No `except Exception` swallows it."""
+class Abort(Exception):
+    """Ends the program with one line on stderr and `status`: 2 wrong input, 1 training failed."""
 
     def __init__(self, message, status=2):
+        super().__init__(message)
+        self.status = status
+
+
+class Stopped(BaseException):
+    """SIGTERM or SIGINT, status 143 or 130. Like KeyboardInterrupt, past any `except Exception`."""
+
+    def __init__(self, message, status=128):
         super().__init__(message)
         self.status = status
 
@@ -72,11 +79,11 @@ def _receive(number, frame):
 
 
 def stop(number, when):
-    raise Abort(f"stopped by {signal.Signals(number).name} {when}", 128 + number)
+    raise Stopped(f"stopped by {signal.Signals(number).name} {when}", 128 + number)
 
 
 def run(main):
-    """Run a script's main() and turn Abort into one line on stderr and its exit status."""
+    """Run a script's main(); Abort and Stopped become one line on stderr and an exit status."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _receive)
     try:
@@ -88,11 +95,11 @@ def run(main):
             if not _signal:
                 raise
             stop(_signal, "together with its workers; OUT/last.pth keeps the last epoch finished")
-    except Abort as abort:
+    except (Abort, Stopped) as end:
         if local_rank() == 0:
-            kind = "" if abort.status > 128 else "error: "
-            print(f"{SCRIPT}: {kind}{abort}", file=sys.stderr, flush=True)
-        sys.exit(abort.status)
+            kind = "error: " if isinstance(end, Abort) else ""
+            print(f"{SCRIPT}: {kind}{end}", file=sys.stderr, flush=True)
+        sys.exit(end.status)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -142,12 +149,12 @@ def rank_zero_first(load):
     if rank() == 0:
         try:
             result = load()
-        except Abort as abort:
-            failure = [(str(abort), abort.status)]
+        except (Abort, Stopped) as end:
+            failure = [end]
     if dist.is_initialized():
         dist.broadcast_object_list(failure, src=0)
     if failure[0]:
-        raise Abort(*failure[0])
+        raise failure[0]
     return result if rank() == 0 else load()
 
 
@@ -606,9 +613,9 @@ def load_checkpoint(path):
     except FileNotFoundError:
         raise Abort(f"no file {path}")
     except pickle.UnpicklingError as error:
-        reason = next((w for w in str(error).splitlines() if "GLOBAL" in w or "global" in w), "")
+        reason = next((line for line in str(error).splitlines() if "GLOBAL" in line), "")
         raise Abort(f"{path} is not a weights file, or holds code, which is never run"
-                    + (f" ({reason.strip()})" if reason else ""))
+                    + (f" ({reason.split(' was ')[0].strip()})" if reason else ""))
     except Exception as error:  # noqa: BLE001 - zip, pickle and storage readers raise their own
         raise Abort(f"{path} is damaged or not a weights file "
                     f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
@@ -617,13 +624,15 @@ def load_checkpoint(path):
 def open_run(args):
     """Make or check --out. Returns last.pth's content if the run goes on from it, else None."""
     global _training
-    _training = True
+    _training = True  # from here on a signal lets the step under way finish
     if args.dry_run:
         return None
     out, checkpoint = Path(args.out), None
     last, log = out / "last.pth", out / "log.jsonl"
     if args.resume and (last.exists() or args.resume != "auto"):
         checkpoint = load_checkpoint(last)
+        if not isinstance(checkpoint, dict) or "args" not in checkpoint:
+            raise Abort(f"{last} is no checkpoint to resume from")
         now, then = comparable(args), checkpoint["args"]
         changed = [f"--{name.replace('_', '-')} {then.get(name)} -> {now.get(name)}"
                    for name in sorted(now.keys() | then.keys()) if now.get(name) != then.get(name)]

@@ -26,6 +26,7 @@ import contextlib
 import copy
 import math
 import pickle
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -306,8 +307,9 @@ def load_teacher(name, weights=None, num_classes=1000, image_size=224):
 
 def download(url):
     try:
-        return torch.hub.load_state_dict_from_url(  # into torch.hub's cache, or from it
-            url, map_location="cpu", weights_only=True, check_hash="-" in Path(url).name)
+        with contextlib.redirect_stderr(sys.stdout):  # its progress is no error
+            return torch.hub.load_state_dict_from_url(  # into torch.hub's cache, or from it
+                url, map_location="cpu", weights_only=True, check_hash="-" in Path(url).name)
     except (OSError, RuntimeError) as error:  # no network; another file's hash
         raise common.Abort(f"cannot download {url} ({error}); fetch it elsewhere and give it "
                            f"with --teacher-weights FILE")

@@ -202,9 +202,11 @@ def test_signals_are_not_swallowed_by_error_handlers(monkeypatch):
     monkeypatch.setattr(torch, "load", interrupted)
     for read in (lambda: common.load_checkpoint("x.pth"),
                  lambda: common.rank_zero_first(lambda: common.load_checkpoint("x.pth"))):
-        with pytest.raises(common.Abort, match="stopped by SIGTERM before training") as abort:
+        with pytest.raises(common.Stopped, match="stopped by SIGTERM before training") as stop:
             read()
-        assert abort.value.status == 143
+        assert stop.value.status == 143
+        sent = pickle.loads(pickle.dumps(stop.value))  # as rank 0 tells the others
+        assert (str(sent), sent.status) == (str(stop.value), 143)
 
 
 def test_shapes_are_fresh_every_epoch_and_fixed_for_validation():
