@@ -43,7 +43,6 @@ import common
 
 # ------------------------------------------------------------------ the loss
 
-
 ALPHA, BETA = 3e-5, 3e-6  # for N = 196 patch tokens, i.e. 224 px and patch 16
 
 
@@ -88,7 +87,7 @@ class ViTKDLoss(nn.Module):
         mask = random_mask(B, N, self.mask_ratio, student_deep.device)[..., None]   # (B, N, 1)
         x = self.align_deep(student_deep)                                           # (B, N, D_t)
         x = torch.where(mask, self.mask_token.to(x.dtype), x)
-        x = self.generator(x.view(B, g, g, -1).permute(0, 3, 1, 2))                 # (B, D_t, g, g)
+        x = self.generator(x.reshape(B, g, g, -1).permute(0, 3, 1, 2))              # (B, D_t, g, g)
         x = x.permute(0, 2, 3, 1).reshape(B, N, -1)                                 # (B, N, D_t)
         generation = (mask * (x.float() - teacher_deep.float())).square().sum()
         generation = self.beta / (self.mask_ratio * B) * generation

@@ -1,11 +1,17 @@
 """Real runs of the scripts: the command line, its errors, kills and resumes, torchrun."""
 
+import fcntl
 import json
 import os
 import pickle
+import pty
 import re
 import shutil
 import signal
+import struct
+import subprocess
+import sys
+import termios
 import time
 from pathlib import Path
 
@@ -15,6 +21,7 @@ from conftest import (
     DATA,
     MICRO,
     ROOT,
+    environment,
     finish,
     in_process,
     make_photos,
@@ -269,6 +276,27 @@ def test_two_processes_train_and_evaluate_like_one(teacher, tmp_path):
     for key in ("ce", "mimicking", "generation"):
         assert log[0][key] == pytest.approx(log[1][key], rel=1e-3)
     assert log[1]["unreadable"] == 0 and len(two.splitlines()) == len(one.splitlines())
+
+
+def test_on_a_terminal_a_bar_shows_the_loss_terms(tmp_path):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
+    process = subprocess.Popen(
+        [sys.executable, "vitkd.py", *MICRO, "--data", "shapes", "--data-fraction", "0.1",
+         "--teacher", "none", "--epochs", "1", "--out", tmp_path / "run"],
+        cwd=ROOT, env=environment(), stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(ours, 65536)
+        except OSError:  # the other end is closed
+            break
+    os.close(ours)
+    assert process.wait() == 0
+    lines = shown.decode().replace("\r", "\n").splitlines()
+    assert any(re.match(r"epoch 1/1: .*25/25 .*ce=2\.\d", line) for line in lines)
+    assert any(re.match(r"epoch 1/1  ce 2\.\d.* 0 s left", line) for line in lines)
 
 
 # ------------------------------------------------------------------ kills, signals, resumes
