@@ -688,7 +688,9 @@ def log_epoch(args, record, seconds_left):
 
 def duration(seconds):
     hours, minutes = divmod(round(seconds / 60), 60)
-    return f"{hours} h {minutes:02d} min" if seconds >= 90 else f"{seconds:.0f} s"
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
 def report_dry_run(args, books, student, teacher, val_set, autocast, prepared):
