@@ -445,6 +445,15 @@ def test_download_checks_the_hash_in_the_name(monkeypatch, tmp_path, released):
     assert vitkd.load_teacher("deit3_s").head.out_features == 1000
 
 
+def test_a_login_page_in_the_cache_is_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(vitkd, "RELEASES", f"file://{tmp_path}/")
+    name = vitkd.TEACHERS["deit3_b"][-1]  # no hash in the name would tell
+    (tmp_path / name).write_text("<html>please log in</html>" * 100)
+    with pytest.raises(common.Abort, match=f"not a weights file: delete .*cache/.*{name}"):
+        vitkd.load_teacher("deit3_b")
+
+
 # ------------------------------------------------------------------ training, in this process
 
 
