@@ -295,7 +295,7 @@ def test_on_a_terminal_a_bar_shows_the_loss_terms(tmp_path):
     os.close(ours)
     assert process.wait() == 0
     lines = shown.decode().replace("\r", "\n").splitlines()
-    assert any(re.match(r"epoch 1/1: .*25/25 .*ce=2\.\d", line) for line in lines)
+    assert any(re.match(r"epoch 1/1: .* \d+/25 .*ce=2\.\d", line) for line in lines)
     assert any(re.match(r"epoch 1/1  ce 2\.\d.* 0 s left", line) for line in lines)
 
 
