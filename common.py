@@ -86,6 +86,7 @@ def run(main):
     """Run a script's main(); Abort and Stopped become one line on stderr and an exit status."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _receive)
+    status = 0
     try:
         try:
             main()
@@ -99,10 +100,14 @@ def run(main):
         if local_rank() == 0:
             kind = "error: " if isinstance(end, Abort) else ""
             print(f"{SCRIPT}: {kind}{end}", file=sys.stderr, flush=True)
-        sys.exit(end.status)
-    finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        status = end.status
+    if dist.is_initialized():
+        if dist.get_backend() == "gloo":  # its tear-down can wait for ever for a rank that left
+            sys.stdout.flush()
+            os._exit(status)
+        dist.destroy_process_group()
+    if status:
+        sys.exit(status)
 
 
 def init_processes():
