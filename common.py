@@ -82,6 +82,19 @@ def stop(number, when):
     raise Stopped(f"stopped by {signal.Signals(number).name} {when}", 128 + number)
 
 
+def signalled():
+    """Was a SIGTERM or SIGINT received? Then break off, and stop_together()."""
+    return _signal
+
+
+def stop_together(device, when):
+    """Stop all ranks if any was signalled; all must call this."""
+    number, = all_reduce([_signal], device, dist.ReduceOp.MAX)
+    if number:
+        stop(int(number), f"{when}; OUT/last.pth keeps the last epoch that was finished"
+             if _training else when)
+
+
 def run(main):
     """Run a script's main(); Abort and Stopped become one line on stderr and an exit status."""
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -578,9 +591,7 @@ def evaluate(model, loader, device, autocast, max_batches=None):
         hits = logits.topk(min(5, logits.shape[1])).indices.cpu() == target[:, None]
         hits, unreadable = hits[skipped == 0], unreadable + int((skipped > 0).sum())
         top1, top5, count = top1 + int(hits[:, 0].sum()), top5 + int(hits.sum()), count + len(hits)
-    number, = all_reduce([_signal], device, dist.ReduceOp.MAX)
-    if number:
-        stop(int(number), "while evaluating; OUT/last.pth keeps the last epoch that was finished")
+    stop_together(device, "while evaluating")
     top1, top5, count, unreadable = all_reduce([top1, top5, count, unreadable], device)
     if unreadable > 0.01 * count:
         raise Abort(f"{unreadable:.0f} validation images are unreadable, more than 1 %", 1)
@@ -698,17 +709,20 @@ def duration(seconds):
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
-def report_dry_run(args, books, student, teacher, val_set, autocast, prepared):
+def report_dry_run(args, books, student, teacher, eval_sets, autocast, prepared):
     """Print what --dry-run measured: speed, memory, waiting for data, hours of the whole run.
 
-    prepared: seconds from the start to the first step, which the real run spends once, too.
+    eval_sets: what an evaluation runs over. prepared: seconds from the start to the first step,
+    which the real run spends once, too.
     """
     timed, steps = DRY_RUN_STEPS - 5, len(books.loader)
     seconds = time.perf_counter() - books.timed_from
     waited = sum(books.step_waits)
 
-    def evaluation(model):  # seconds on all validation images, from the first few batches
-        loader = val_loader(val_set, args)
+    def evaluation(model):
+        return sum(seconds_on(model, val_loader(dataset, args)) for dataset in eval_sets)
+
+    def seconds_on(model, loader):  # of a whole pass, from the first few batches
         few, marks = min(9, len(loader)), [time.perf_counter()]
         for batches in (1, few):
             evaluate(model, loader, books.device, autocast, batches)
@@ -804,12 +818,12 @@ def recipe_flags(batch_size, epochs, min_lr, weight_decay, clip_grad):
         ("--seed", 0, "of weights, data order and augmentation", "[0, inf)")]
 
 
-def run_flags(parser):
+def run_flags(parser, eval_every=1):
     group = parser.add_flags("run", [
         ("--amp", ["bf16", "fp16", "off"], "default: bf16 where the device is fast at it"),
         ("--compile", False, "torch.compile student and teacher"),
         ("--out", str, "where the results go (default: out/SCRIPT-STUDENT-TEACHER)"),
-        ("--eval-every", 1, "epochs between evaluations", "[1, inf)"),
+        ("--eval-every", eval_every, "epochs between evaluations", "[1, inf)"),
         ("--dry-run", False, "20 steps, then: images/s, memory, hours of the run; writes nothing"),
         ("--demo", False, "a whole distillation in minutes, nothing needed (heeds --seed, --amp)")])
     group.add_argument("--resume", nargs="?", const="yes", choices=["yes", "auto"], metavar="auto",

@@ -1,5 +1,6 @@
 """Shared by all tests: the scripts on the path, small image folders, running a script for real."""
 
+import math
 import os
 import re
 import subprocess
@@ -108,3 +109,65 @@ def torchrun(processes, script, *arguments):
 
 def top1s(text):
     return [float(number) for number in re.findall(r"top-?1 (\d+\.?\d*)", text)]
+
+
+def float64_vit(state, images, num_heads):
+    """A ViT's forward pass from the released key names alone, in float64 einsums: (logits, or the
+    normed class token where there is no head; its attention in the last block (B, H, 1+N))."""
+    p = {k: v.double() for k, v in state.items()}
+    patch_size = p["patch_embed.proj.weight"].shape[-1]
+
+    def norm(x, name):
+        mean = x.mean(-1, keepdim=True)
+        variance = ((x - mean)**2).mean(-1, keepdim=True)
+        return (x - mean) / (variance + 1e-6).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
+
+    def linear(x, name):
+        return torch.einsum("...i,oi->...o", x, p[f"{name}.weight"]) + p[f"{name}.bias"]
+
+    B, _, S, _ = images.shape
+    g, P = S // patch_size, patch_size
+    x = images.double().reshape(B, 3, g, P, g, P)
+    x = torch.einsum("bcgphq,dcpq->bghd", x, p["patch_embed.proj.weight"])
+    x = x.reshape(B, g * g, -1) + p["patch_embed.proj.bias"]
+    cls = p["cls_token"].expand(B, -1, -1)
+    if p["pos_embed"].shape[1] == g * g:
+        x = torch.cat([cls, x + p["pos_embed"]], 1)
+    else:
+        x = torch.cat([cls, x], 1) + p["pos_embed"]
+    depth = 1 + max(int(k.split(".")[1]) for k in p if k.startswith("blocks."))
+    for i in range(depth):
+        b = f"blocks.{i}"
+        qkv = linear(norm(x, f"{b}.norm1"), f"{b}.attn.qkv")
+        q, k, v = qkv.reshape(B, -1, 3, num_heads, x.shape[-1] // num_heads).unbind(2)
+        attn = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
+        attn = attn.softmax(-1)
+        mixed = torch.einsum("bhij,bjhd->bihd", attn, v).flatten(2)
+        x = x + p.get(f"{b}.gamma_1", p.get(f"{b}.ls1.gamma", 1)) * linear(mixed, f"{b}.attn.proj")
+        h = linear(norm(x, f"{b}.norm2"), f"{b}.mlp.fc1")
+        h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
+        x = x + p.get(f"{b}.gamma_2", p.get(f"{b}.ls2.gamma", 1)) * linear(h, f"{b}.mlp.fc2")
+    cls = norm(x, "norm")[:, 0]
+    return linear(cls, "head") if "head.weight" in p else cls, attn[:, :, 0]
+
+
+def released_state(dim, depth, deit3, patch_size=16, grid=14, num_classes=1000):
+    """Random weights under the keys and shapes of DeiT's (or DeiT III's) released files."""
+    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, grid**2 + (not deit3), dim),
+              "patch_embed.proj.weight": (dim, 3, patch_size, patch_size),
+              "patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,),
+              "head.weight": (num_classes, dim), "head.bias": (num_classes,)}
+    for i in range(depth):
+        for layer, out, into in (("attn.qkv", 3 * dim, dim), ("attn.proj", dim, dim),
+                                 ("mlp.fc1", 4 * dim, dim), ("mlp.fc2", dim, 4 * dim)):
+            shapes[f"blocks.{i}.{layer}.weight"] = (out, into)
+            shapes[f"blocks.{i}.{layer}.bias"] = (out,)
+        for norm in ("norm1", "norm2"):
+            shapes[f"blocks.{i}.{norm}.weight"] = shapes[f"blocks.{i}.{norm}.bias"] = (dim,)
+        if deit3:
+            shapes[f"blocks.{i}.gamma_1"] = shapes[f"blocks.{i}.gamma_2"] = (dim,)
+    state = {name: 0.05 * torch.randn(shape) for name, shape in shapes.items()}
+    for name in state:
+        if "norm" in name and name.endswith("weight") or "gamma" in name:
+            state[name] += 1
+    return state

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from conftest import MICRO, in_process
+from conftest import MICRO, float64_vit, in_process, released_state
 
 import common
 import vitkd
@@ -202,64 +202,6 @@ def test_nkd_is_smallest_at_the_teacher_and_survives_extremes():
 # ------------------------------------------------------------------ the ViT and its teachers
 
 
-def float64_deit3(state, images, patch_size, num_heads):
-    """DeiT III's forward pass from the released key names alone, written out in float64 einsums."""
-    p = {k: v.double() for k, v in state.items()}
-
-    def norm(x, name):
-        mean = x.mean(-1, keepdim=True)
-        variance = ((x - mean)**2).mean(-1, keepdim=True)
-        return (x - mean) / (variance + 1e-6).sqrt() * p[f"{name}.weight"] + p[f"{name}.bias"]
-
-    def linear(x, name):
-        return torch.einsum("...i,oi->...o", x, p[f"{name}.weight"]) + p[f"{name}.bias"]
-
-    B, _, S, _ = images.shape
-    g, P = S // patch_size, patch_size
-    x = images.double().reshape(B, 3, g, P, g, P)
-    x = torch.einsum("bcgphq,dcpq->bghd", x, p["patch_embed.proj.weight"])
-    x = x.reshape(B, g * g, -1) + p["patch_embed.proj.bias"]
-    cls = p["cls_token"].expand(B, -1, -1)
-    if p["pos_embed"].shape[1] == g * g:
-        x = torch.cat([cls, x + p["pos_embed"]], 1)
-    else:
-        x = torch.cat([cls, x], 1) + p["pos_embed"]
-    depth = 1 + max(int(k.split(".")[1]) for k in p if k.startswith("blocks."))
-    for i in range(depth):
-        b = f"blocks.{i}"
-        qkv = linear(norm(x, f"{b}.norm1"), f"{b}.attn.qkv")
-        q, k, v = qkv.reshape(B, -1, 3, num_heads, x.shape[-1] // num_heads).unbind(2)
-        scores = torch.einsum("bihd,bjhd->bhij", q, k) / math.sqrt(q.shape[-1])
-        mixed = torch.einsum("bhij,bjhd->bihd", scores.softmax(-1), v).flatten(2)
-        x = x + p.get(f"{b}.gamma_1", 1) * linear(mixed, f"{b}.attn.proj")
-        h = linear(norm(x, f"{b}.norm2"), f"{b}.mlp.fc1")
-        h = h * 0.5 * (1 + torch.erf(h / math.sqrt(2)))
-        x = x + p.get(f"{b}.gamma_2", 1) * linear(h, f"{b}.mlp.fc2")
-    return linear(norm(x, "norm")[:, 0], "head")
-
-
-def released_state(dim, depth, deit3, patch_size=16, grid=14, num_classes=1000):
-    """Random weights under the keys and shapes of DeiT's (or DeiT III's) released files."""
-    shapes = {"cls_token": (1, 1, dim), "pos_embed": (1, grid**2 + (not deit3), dim),
-              "patch_embed.proj.weight": (dim, 3, patch_size, patch_size),
-              "patch_embed.proj.bias": (dim,), "norm.weight": (dim,), "norm.bias": (dim,),
-              "head.weight": (num_classes, dim), "head.bias": (num_classes,)}
-    for i in range(depth):
-        for layer, out, into in (("attn.qkv", 3 * dim, dim), ("attn.proj", dim, dim),
-                                 ("mlp.fc1", 4 * dim, dim), ("mlp.fc2", dim, 4 * dim)):
-            shapes[f"blocks.{i}.{layer}.weight"] = (out, into)
-            shapes[f"blocks.{i}.{layer}.bias"] = (out,)
-        for norm in ("norm1", "norm2"):
-            shapes[f"blocks.{i}.{norm}.weight"] = shapes[f"blocks.{i}.{norm}.bias"] = (dim,)
-        if deit3:
-            shapes[f"blocks.{i}.gamma_1"] = shapes[f"blocks.{i}.gamma_2"] = (dim,)
-    state = {name: 0.05 * torch.randn(shape) for name, shape in shapes.items()}
-    for name in state:
-        if "norm" in name and name.endswith("weight") or "gamma" in name:
-            state[name] += 1
-    return state
-
-
 @pytest.fixture(scope="module")
 def released(tmp_path_factory):
     """Files in the released formats: {name: path}, made when first asked for."""
@@ -280,7 +222,7 @@ def test_released_formats_load_and_give_their_logits(name, num_heads, released):
     state = torch.load(released(name))["model"]
     teacher = vitkd.load_teacher(name, released(name))
     images = torch.randn(2, 3, 224, 224)
-    expected = float64_deit3(state, images, 16, num_heads)
+    expected = float64_vit(state, images, num_heads)[0]
     assert torch.allclose(teacher(images).double(), expected, rtol=1e-3, atol=1e-3)
     assert torch.allclose(teacher.double()(images.double()), expected, rtol=1e-10, atol=1e-10)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
