@@ -13,8 +13,9 @@ The loss reads no label; labels only measure the result (k-NN on frozen features
 Formulas and constants are the authors' (paper and released code). Ours: the last block and the
 projector are computed for the class token alone (same numbers, see Block.class_token); the
 projector's first LayerNorm is the student's own final norm, so that the student is a plain ViT;
-log-attention has a floor of 1e-8; an epoch's batches are evened out instead of dropping the last;
-position embeddings are resized with antialiasing.
+log-attention has a floor of 1e-8, and a peak that resizing cannot see is spread; an epoch's batches
+are evened out instead of dropping the last; position embeddings are resized with antialiasing.
+To copy the method, take this file, common.py and eval_knn.py.
 
 A student with the teacher's width, at a quarter of its tokens (a pair of the paper):
     torchrun --nproc_per_node 8 attndistill.py --teacher dino_s8 --student vit_s
@@ -78,8 +79,7 @@ def resize_attention(attn, grid):
     # A lone peak can fall between the points that a large reduction reads, or on the kernel's
     # negative side: where next to nothing is left to be scaled, all patches get the same.
     total, uniform = patches.sum(-1, keepdim=True), 1 / grid**2
-    lost = total * (g / grid)**2 < 1e-3 * attn[..., 1:].sum(-1, keepdim=True)
-    lost |= total <= 0
+    lost = total * (g / grid)**2 <= 1e-3 * attn[..., 1:].sum(-1, keepdim=True)
     patches = torch.where(lost, uniform, patches / torch.where(lost, 1.0, total))
     return torch.cat([a_cls, (1 - a_cls) * patches], -1)
 
@@ -133,8 +133,9 @@ class Attention(nn.Module):
         q = F.linear(x[:, 0], w_q, b_q).view(B, self.num_heads, 1, -1)      # (B, H, 1, D/H)
         kv = F.linear(x, w_kv, b_kv).view(B, N, 2, self.num_heads, -1)
         k, v = kv.permute(2, 0, 3, 1, 4)                                    # (B, H, N, D/H) each
-        attn = (q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])).softmax(-1)  # (B, H, 1, N)
-        return self.proj((attn @ v).reshape(B, D)), attn.squeeze(2)
+        attn = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])               # (B, H, 1, N)
+        attn = attn.softmax(-1, dtype=torch.promote_types(attn.dtype, torch.float32))
+        return self.proj((attn.to(v.dtype) @ v).reshape(B, D)), attn.squeeze(2)
 
 
 class Mlp(nn.Module):
@@ -272,7 +273,8 @@ def load_teacher(name, weights=None, image_size=224):
 
     name: one of TEACHERS, its weights read from the file `weights` or else downloaded; or the path
     of a student.pth of attndistill.py or vitkd.py. At another image size than the weights' the
-    position embedding is resized.
+    position embedding is resized. MoCo v3's ViT-S has 12 heads, which no shape tells: it is told
+    by the names in its training checkpoint, so give that, not a file converted from it.
     Raises common.Abort: unknown name, weights missing, damaged or of another model, no download,
     an image size that the patch size does not divide.
     """
@@ -302,16 +304,18 @@ def load_teacher(name, weights=None, image_size=224):
 
     problems = mismatches(state, arch)
     if problems:
-        fits = [n for n in TEACHERS if not mismatches(state, released_arch(n, state))]
-        fits.sort(key=lambda n: n.split("_")[0] != name.split("_")[0])  # the same family first
+        fits = []
+        for other in sorted(TEACHERS, key=lambda n: n.split("_")[0] != name.split("_")[0]):
+            state, _ = backbone(checkpoint, LEFT_OUT[other.split("_")[0]])  # own family first
+            fits += [] if mismatches(state, released_arch(other, state)) else [other]
         raise common.Abort(f"{source} does not hold a {name}: " + "; ".join(problems)
                            + (f"; it fits --teacher {fits[0]}" if fits else ""))
     patch_size = arch["patch_size"]
-    grid, rest = divmod(image_size, patch_size)
-    if rest:
+    grid = image_size // patch_size
+    if image_size % patch_size:
         raise common.Abort(f"--image-size {image_size} is not a multiple of the teacher's patch "
                            f"size {patch_size}: take {max(1, grid) * patch_size} or "
-                           f"{(grid + 1) * patch_size}")
+                           f"{(max(1, grid) + 1) * patch_size}")
     broken = [k for k, v in state.items() if not v.isfinite().all()]
     if broken:
         raise common.Abort(f"{source} holds NaN or infinite weights: {', '.join(broken[:5])}")
@@ -329,12 +333,13 @@ def backbone(checkpoint, left_out):
             break
     state = checkpoint if isinstance(checkpoint, dict) else {}
     moco = "module.base_encoder."
-    is_moco = any(k.startswith(moco) for k in state)
+    is_moco = any(str(k).startswith(moco) for k in state)
     if is_moco:
         state = {k.removeprefix(moco): v for k, v in state.items()
                  if not k.startswith(("module.momentum_encoder.", "module.predictor."))}
     else:
-        state = {k.removeprefix("module.").removeprefix("backbone."): v for k, v in state.items()}
+        state = {str(k).removeprefix("module.").removeprefix("backbone."): v
+                 for k, v in state.items()}
     return {k: v for k, v in state.items() if not k.startswith(left_out)}, is_moco
 
 
@@ -357,7 +362,8 @@ def released_arch(name, state):
     Where the weights lack a key, any value serves: mismatches() will report the key."""
     size, patch_size, _ = TEACHERS[name]
     dim, depth, num_heads = SIZES[size]
-    rows = getattr(state.get("pos_embed"), "shape", (1, 197))[1]
+    shape = getattr(state.get("pos_embed"), "shape", ())
+    rows = shape[1] if len(shape) == 3 and shape[1] > 1 else 197
     return {"image_size": math.isqrt(rows - 1) * patch_size, "patch_size": patch_size, "dim": dim,
             "depth": depth, "num_heads": num_heads, "num_classes": 0,
             "layer_scale": name.startswith("dinov2") or "blocks.0.ls1.gamma" in state}
@@ -400,8 +406,8 @@ class Objective(nn.Module):
         self.student, self.project, self.args = student, project, args
 
     def forward(self, images, teacher_cls, teacher_attn):
-        """Loss terms by name. images (B, 3, S, S); what the teacher's class_token_and_attention()
-        gives for the same images."""
+        """Loss terms by name, as they are added up. images (B, 3, S, S); what the teacher's
+        class_token_and_attention() gives for the same images."""
         cls, attn = self.student.class_token_and_attention(images)
         # L_c = mean over B * D_t of (P(z_s) - z_t)^2
         losses = {"alignment": F.mse_loss(self.project(cls).float(), teacher_cls.float())}
@@ -516,7 +522,7 @@ def visualize(args):
         raise common.Abort("--visualize needs the student: --weights out/.../student.pth")
     checkpoint = common.load_checkpoint(args.weights)
     arch = checkpoint.get("arch", {}) if isinstance(checkpoint, dict) else {}
-    size = arch.get("image_size", args.image_size)
+    size = args.image_size or arch.get("image_size", 224)
     vits = {"teacher": load_teacher(args.teacher, args.teacher_weights, size),
             "student": load_teacher(args.weights, None, size)}
     transform, tile = common.val_transform(size), max(size, 160)
@@ -538,14 +544,17 @@ def visualize(args):
             maps = enlarge(maps.view(-1, 1, g, g), tile)                    # (1+H, 1, S, S)
             heat = torch.cat([3 * maps, 3 * maps - 1, 3 * maps - 2], 1)     # black, red, yellow
             tiles.append(0.3 * pixels.mean(1, keepdim=True) + 0.7 * heat.clamp(0, 1))
-            captions += [f"{name}, mean"] + [f"head {h + 1}" for h in range(len(attn))]
-    header = [draw_bounding_boxes(torch.zeros(3, 16, tile, dtype=torch.uint8),
-                                  torch.tensor([[0, 0, 0, 0]]), [caption]) for caption in captions]
+            captions += [f"{name} mean"] + [f"head {h + 1}" for h in range(len(attn))]
+    blank, box = torch.zeros(3, 16, tile, dtype=torch.uint8), torch.tensor([[0, 0, tile, 16]])
+    header = [draw_bounding_boxes(blank, box, [caption], "white", width=0) for caption in captions]
     grids = [make_grid(part, nrow=len(captions), padding=2) for part in (
         torch.stack(header) / 255, torch.cat(tiles))]
     out = Path(args.out or Path(args.weights).parent) / "attention.png"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    save_image(torch.cat(grids, 1), out)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_image(torch.cat(grids, 1), out)
+    except OSError as error:
+        raise common.Abort(f"cannot write {out}: {error}")
     common.say(f"{out}: {', '.join(captions)}")
 
 
@@ -558,7 +567,8 @@ def enlarge(images, size):
 
 def parse_args():
     parser = common.Parser(__doc__)
-    parser.add_flags("data", common.data_flags())
+    parser.add_flags("data", common.data_flags(
+        int, " (default: 224; to --visualize, the student's)"))
     parser.add_flags("models", [
         ("--student", "vit_s", f"the ViT to train: {', '.join(SIZES)}"),
         ("--teacher", "dino_s8", "see above"),
@@ -590,20 +600,34 @@ def parse_args():
         parser.error(f"no student {args.student}: take {', '.join(SIZES)}")
     if args.teacher_weights and args.teacher not in TEACHERS:
         parser.error(f"--teacher-weights goes with a teacher's name, not with {args.teacher}")
+    if args.weights and not args.visualize:
+        parser.error("--weights goes with --visualize")
+    if args.visualize:
+        return args
+    args.image_size = args.image_size or 224
+    if args.teacher in TEACHERS:  # a size that both patches divide
+        patch_sizes = args.patch_size, TEACHERS[args.teacher][1]
+        step = math.lcm(*patch_sizes)
+        lower = max(step, args.image_size // step * step)
+        if args.image_size % step:
+            parser.error(f"--image-size {args.image_size} is not a multiple of the patch sizes, "
+                         f"student's {patch_sizes[0]} and teacher's {patch_sizes[1]}: take "
+                         f"{lower} or {lower + step}")
     if args.lr is None:
         args.lr = 1.5e-4 * args.batch_size / 256
     if args.warmup_epochs is None:
         args.warmup_epochs = min(40, args.epochs / 10)
-    if args.out is None and not args.visualize:
+    if args.out is None:
         teacher = Path(args.teacher)
         args.out = f"out/attndistill-{args.student}-{teacher.parent.name or teacher.name}"
     return args
 
 
 def train_with_labels(args, device):
-    """The demo's teacher: a wider ViT with a head, by cross-entropy, to args.out/student.pth."""
+    """The demo's teacher: a wider ViT with a head, by cross-entropy, to args.out/student.pth.
+    Returns its k-NN top-1, k = 20."""
     common.check_flags(args)
-    train_set, _, num_classes = common.load_data(args, None)
+    train_set, val_set, num_classes = common.load_data(args, None)
     autocast, scaler = common.set_precision(args, device)
     arch = {"image_size": args.image_size, "patch_size": args.patch_size, "dim": 128, "depth": 6,
             "num_heads": 4, "num_classes": num_classes}
@@ -626,6 +650,8 @@ def train_with_labels(args, device):
         common.log_epoch(args, {**books.record(), "lr": lr}, 0)
     common.save_checkpoint(f"{args.out}/student.pth", model=model.state_dict(), arch=arch,
                            script="attndistill", top1=None)
+    model.head = nn.Identity()
+    return eval_knn.evaluate(model, train_set, val_set, args, device, autocast, num_classes)[20][0]
 
 
 def demo(args, device):
@@ -647,11 +673,11 @@ def demo(args, device):
             if name == "teacher":
                 common.say("trained with labels: a minute of CPU is too little for "
                            "self-supervision. AttnDistill itself reads no label.")
-                train_with_labels(run, device)
+                knn20 = train_with_labels(run, device)
             else:
-                knn20 = train(run, device)["knn20"]
-                table.append(f"student, {name:9s} k-NN top-1 {knn20:5.1f} %  "
-                             f"{time.perf_counter() - started:4.0f} s")
+                name, knn20 = f"student, {name}", train(run, device)["knn20"]
+            table.append(f"{name:18s} k-NN top-1 {knn20:5.1f} %  "
+                         f"{time.perf_counter() - started:4.0f} s")
     common.say("\n" + "\n".join(table))
 
 

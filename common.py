@@ -75,7 +75,7 @@ def _receive(number, frame):
     global _signal
     _signal = number
     if not _training:
-        stop(number, "before training")
+        stop(number, "before anything was kept")
 
 
 def stop(number, when):
@@ -91,8 +91,7 @@ def stop_together(device, when):
     """Stop all ranks if any was signalled; all must call this."""
     number, = all_reduce([_signal], device, dist.ReduceOp.MAX)
     if number:
-        stop(int(number), f"{when}; OUT/last.pth keeps the last epoch that was finished"
-             if _training else when)
+        stop(int(number), f"{when}; OUT/last.pth keeps the last epoch finished, if any was")
 
 
 def run(main):
@@ -620,11 +619,15 @@ def save_checkpoint(path, **state):
 def load_checkpoint(path):
     """What torch.save wrote to `path`, tensors on the CPU. Runs no code from the file.
 
-    Raises Abort if the file is missing, damaged, or holds anything but tensors and plain values
-    (argparse.Namespace is let through: training checkpoints of DINO carry one).
+    Raises Abort if the file is missing, damaged, or holds anything but tensors and plain values.
+    Let through is what training checkpoints of DINO, iBOT and Mugs carry: an argparse.Namespace,
+    and numpy numbers (under numpy 1's and 2's names) as learning rates.
     """
+    number = np.float64(0).__reduce__()[0]
+    allowed = [argparse.Namespace, np.dtype, type(np.dtype("float64")),
+               (number, "numpy.core.multiarray.scalar"), (number, "numpy._core.multiarray.scalar")]
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise Abort(f"no file {path}")
@@ -788,7 +791,7 @@ def number_in(interval, kind, text):
     return value
 
 
-def data_flags():
+def data_flags(image_size=224, note=""):
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     cpus //= int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     return [
@@ -796,7 +799,7 @@ def data_flags():
         ("--data-root", "data", "where cifar10 and cifar100 are downloaded to"),
         ("--data-fraction", 1.0, "part of each class's training images to use; they are nested",
          "(0, 1]"),
-        ("--image-size", 224, "pixels a side", "[1, inf)"),
+        ("--image-size", image_size, f"pixels a side{note}", "[1, inf)"),
         ("--workers", max(1, min(16, cpus)), "processes that read images, for each process",
          "[0, inf)")]
 
@@ -843,8 +846,8 @@ def check_flags(args):
     if share % args.micro_batch:
         raise Abort(f"--micro-batch {args.micro_batch} does not divide the {share} images that a "
                     f"process has of each batch")
-    patches, rest = divmod(args.image_size, args.patch_size)
-    if rest:
+    patches = max(1, args.image_size // args.patch_size)
+    if args.image_size % args.patch_size:
         raise Abort(f"--image-size {args.image_size} is not a multiple of --patch-size "
-                    f"{args.patch_size}: take {max(1, patches) * args.patch_size} or "
+                    f"{args.patch_size}: take {patches * args.patch_size} or "
                     f"{(patches + 1) * args.patch_size}")

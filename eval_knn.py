@@ -13,6 +13,7 @@ Feature of an image: the ViT's class token after the final norm. Two classifiers
 """
 
 import importlib
+import math
 import time
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from tqdm import tqdm
 import common
 
 KS = (10, 20, 100, 200)
-WORKSPACE = 2**28  # similarities held at once: 1 GiB
+WORKSPACE = 2**28  # numbers held at once: 1 GiB
 
 # ------------------------------------------------------------------ k-NN
 
@@ -36,12 +37,14 @@ def knn_predict(train_features, train_labels, test_features, ks=KS, temperature=
 
     train_features (N, D), test_features (N_test, D): any float type, normalised here; labels (N,).
     The vote of a neighbour is exp(cosine / temperature). A k above N takes all N. Needs about
-    1.5 GiB, or a few rows of N similarities, beside the features themselves.
+    1.5 GiB beside the features, whatever their number.
     """
     N, device = len(train_features), train_features.device
     num_classes = num_classes or int(train_labels.max()) + 1
     most = min(max(ks), N)
-    rows = max(1, WORKSPACE // N)
+    rows = max(1, WORKSPACE // (N + 4 * num_classes + 12 * most))  # what a test image takes
+    exact = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")  # no TF32
     predictions = {k: [] for k in ks}
     for test in test_features.split(rows):
         test = F.normalize(test.float(), dim=1)
@@ -53,24 +56,27 @@ def knn_predict(train_features, train_labels, test_features, ks=KS, temperature=
         similarity, neighbour = similarity.topk(most, dim=1)                # (n, most), best first
         vote = ((similarity - similarity[:, :1]).double() / temperature).exp()  # best: 1
         label = train_labels[neighbour]
-        score, counted = torch.zeros(len(test), num_classes, device=device).double(), 0
-        for k in sorted(ks):  # the votes of k neighbours are those of the k before, and more
+        score = torch.zeros(len(test), num_classes, dtype=torch.float64, device=device)
+        counted = 0
+        for k in sorted(predictions):  # the votes of the k before, and those of some more
             more = slice(counted, min(k, N))
             score.scatter_add_(1, label[:, more], vote[:, more])
             predictions[k].append(score.topk(min(5, num_classes), dim=1).indices)
             counted = k
+    torch.set_float32_matmul_precision(exact)
     return {k: torch.cat(parts) for k, parts in predictions.items()}
 
 
 def knn_accuracy(features, ks, temperature, num_classes):
-    """{k: (top-1, top-5) in percent}; each process takes its share of the test images."""
+    """{k: (top-1, top-5) in percent}; each process takes its share of the test images. Fewer than
+    five neighbours name no more classes than they are: top-5 then is top-k."""
     mine = slice(common.rank(), None, common.world_size())
     test, labels = features["test_features"][mine], features["test_labels"][mine]
     counts = [0, 0] * len(ks)
     if len(test):
         predicted = knn_predict(features["train_features"], features["train_labels"], test, ks,
                                 temperature, num_classes)
-        hits = [predicted[k] == labels[:, None] for k in ks]
+        hits = [predicted[k][:, :k] == labels[:, None] for k in ks]
         counts = [int(h.sum()) for hit in hits for h in (hit[:, 0], hit)]
     counts = common.all_reduce(counts, test.device)
     percent = [100 * count / len(features["test_labels"]) for count in counts]
@@ -114,7 +120,8 @@ def extract_features(model, dataset, args, device, autocast, dtype=torch.float16
     if dist.is_initialized():
         dist.all_reduce(features)
         dist.all_reduce(labels)
-    if not min(common.all_reduce([finite], device, dist.ReduceOp.MIN)):
+    all_finite, = common.all_reduce([finite], device, dist.ReduceOp.MIN)
+    if not all_finite:
         raise common.Abort(f"features are not finite in {dtype}: the weights are broken, or "
                            f"eval_knn.py needs --features fp32", 1)
     readable = labels > 0
@@ -135,7 +142,7 @@ RATES, DECAYS = (0.003, 0.01, 0.03, 0.1, 0.3), (0.0, 1e-4, 1e-3)
 def softmax_regression(features, labels, num_classes, rates, decays, epochs=30, seed=0):
     """Several softmax regressions at once, one per learning rate and weight decay (lists of G).
 
-    features (N, D), labels (N,). SGD with momentum 0.9 in batches of 1024, cosine to zero, on
+    features (N, D), labels (N,). SGD with momentum 0.9 in batches of up to 1024, cosine to zero, on
     standardised features. Returns a function: features (n, D) -> logits (G, n, C).
     """
     N, D = features.shape
@@ -151,16 +158,17 @@ def softmax_regression(features, labels, num_classes, rates, decays, epochs=30, 
     def logits(features):
         return ((features.float() - mean) / std) @ W + b                    # (G, n, C)
 
-    steps = [batch for _ in range(epochs)
-             for batch in torch.randperm(N, generator=generator).split(1024)]
-    for step, batch in enumerate(steps):
+    steps = math.ceil(N / 1024)  # an epoch; batches differ by one image at most
+    batches = (batch for _ in range(epochs)
+               for batch in torch.randperm(N, generator=generator).tensor_split(steps))
+    for step, batch in enumerate(batches):
         x, y = features[batch.to(device)], labels[batch.to(device)]
         # gradient of the cross-entropy by the logits: softmax - one-hot
         error = (logits(x).softmax(-1) - F.one_hot(y, num_classes)) / len(y)  # (G, n, C)
         gradient = ((x.float() - mean) / std).T @ error + decays * W        # (G, D, C)
         velocity_W.mul_(0.9).add_(gradient)
         velocity_b.mul_(0.9).add_(error.sum(1, keepdim=True))
-        rate = rates * (1 + torch.cos(torch.tensor(torch.pi * step / len(steps)))) / 2
+        rate = rates * (1 + torch.cos(torch.tensor(torch.pi * step / (epochs * steps)))) / 2
         W -= rate * velocity_W
         b -= rate * velocity_b
     return logits
@@ -198,7 +206,14 @@ def load_model(args):
     """A frozen ViT without head: of a checkpoint of this project, or released weights (--arch)."""
     if args.arch:
         attndistill = importlib.import_module("attndistill")  # not above: it imports this file
-        return attndistill.load_teacher(args.arch, args.weights, args.image_size or 224)
+        if args.weights and args.arch not in attndistill.TEACHERS:
+            raise common.Abort(f"--arch with --weights is one of "
+                               f"{', '.join(attndistill.TEACHERS)}, not {args.arch}")
+        try:
+            return attndistill.load_teacher(args.arch, args.weights, args.image_size or 224)
+        except common.Abort as error:  # in this program's words
+            message = str(error).replace("--teacher-weights", "--weights")
+            raise common.Abort(message.replace("--teacher", "--arch").replace("teacher", "arch"))
     checkpoint = common.load_checkpoint(args.weights)
     if not isinstance(checkpoint, dict) or checkpoint.get("script") not in SCRIPTS:
         raise common.Abort(f"{args.weights} is no checkpoint of this project; released weights "
@@ -226,9 +241,7 @@ def parse_args():
         ("--arch", str, "released weights, by the names of attndistill.py's teachers"),
         ("--load-features", str, "no model and no images: features that --save-features wrote")])
     parser.add_flags("data", [
-        *(flag for flag in common.data_flags() if flag[0] != "--image-size"),
-        ("--image-size", int, "pixels a side (default: the weights' own; with --arch 224)",
-         "[1, inf)"),
+        *common.data_flags(int, " (default: the weights' own; with --arch 224)"),
         ("--micro-batch", 256, "images per forward pass and process", "[1, inf)"),
         ("--seed", 0, "of shapes, and of the linear probe's batches", "[0, inf)")])
     group = parser.add_flags("evaluation", [
@@ -243,6 +256,9 @@ def parse_args():
     args = parser.parse_args()
     if not (args.weights or args.arch or args.load_features):
         parser.error("nothing to evaluate: give --weights, --arch or --load-features")
+    if args.load_features and (args.weights or args.arch):
+        parser.error("--load-features takes neither --weights nor --arch")
+    args.ks = sorted(set(args.ks))
     return args
 
 
@@ -272,15 +288,31 @@ def load_features(path, device):
     return {k: v.to(device) if k in names else v for k, v in features.items()}
 
 
+def check_writable(path):
+    """Better now than after hours of features."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError("it is a folder")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.touch()
+        temporary.unlink()
+    except OSError as error:
+        raise common.Abort(f"cannot write --save-features {path}: {error}")
+
+
 def main():
     args = parse_args()
     device = common.init_processes()
+    if args.save_features:
+        common.rank_zero_first(
+            lambda: check_writable(args.save_features) if common.rank() == 0 else None)
     if args.load_features:
         features = load_features(args.load_features, device)
     else:
         features = compute_features(args, device)
     if args.save_features and common.rank() == 0:
-        Path(args.save_features).parent.mkdir(parents=True, exist_ok=True)
         common.save_checkpoint(args.save_features, **features)
     num_classes, started = features["num_classes"], time.perf_counter()
     common.say(f"{len(features['train_features'])} training and {len(features['test_features'])} "

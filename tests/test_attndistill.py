@@ -294,7 +294,7 @@ def released_file(family):
         name = "dino_s16"
         checkpoint = {"student": prefixed({**other, **dino_head(384)}, "module.backbone."),
                       "teacher": {**prefixed(state, "backbone."), **dino_head(384)},
-                      "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "epoch": 100,
+                      "optimizer": {"param_groups": [{"lr": np.float64(0.1)}]}, "epoch": 100,
                       "args": argparse.Namespace(arch="vit_small", lr=0.1), "dino_loss": {}}
     elif family == "iBOT":
         extra = {"masked_embed": torch.zeros(1, 384)}
@@ -389,6 +389,12 @@ def broken_file(how):
         return "dino_s8", plain()
     if how == "extra keys":
         return "dino_s16", {**plain(), "masked_embed": torch.zeros(1), "registers": torch.zeros(1)}
+    if how == "other family":
+        return "dino_s16", {**plain(), "masked_embed": torch.zeros(1, 384)}
+    if how == "flat":
+        return "vit_t16", {**state, "pos_embed": torch.zeros(5)}
+    if how == "numbers":
+        return "vit_t16", {1: torch.zeros(1), 2: torch.zeros(1)}
     if how == "distilled":
         return "vit_t16", {**state, "dist_token": torch.zeros(1, 1, 192)}
     if how == "no LayerScale":
@@ -406,6 +412,8 @@ def broken_file(how):
     ("same family", r"of another shape: .*; it fits --teacher dino_s16$"),
     ("extra keys", r"2 unexpected: masked_embed, registers$"),
     ("distilled", r"1 unexpected: dist_token"),
+    ("other family", r"1 unexpected: masked_embed; it fits --teacher vit_s16"),
+    ("flat", r"of another shape: pos_embed \(5,\)"), ("numbers", r"2 unexpected: 1, 2"),
     ("no LayerScale", r"24 missing: blocks\.0\.ls1\.gamma"),
     ("NaN", r"NaN or infinite weights: norm\.bias"),
     ("not a dict", r"150 missing"),
@@ -499,8 +507,8 @@ def test_help_and_defaults_are_the_recipe(monkeypatch):
     assert {name: getattr(args, name) for name in recipe} == recipe
 
 
-@pytest.mark.parametrize("lambda_a", ["0.1", "0"])
-def test_a_run_and_what_it_leaves(lambda_a, teacher, tmp_path, capsys, monkeypatch):
+@pytest.mark.parametrize("lambda_a, amp", [("0.1", "off"), ("0.1", "bf16"), ("0", "fp16")])
+def test_a_run_and_what_it_leaves(lambda_a, amp, teacher, tmp_path, capsys, monkeypatch):
     data, weights = teacher
     before = common.load_checkpoint(weights)["model"]
     teachers, load = [], attndistill.load_teacher
@@ -508,7 +516,7 @@ def test_a_run_and_what_it_leaves(lambda_a, teacher, tmp_path, capsys, monkeypat
                         lambda *a: teachers.append(load(*a)) or teachers[-1])
     status, out, err = in_process(
         attndistill, capsys, monkeypatch, *SMALL, "--data", data, "--teacher", weights, "--epochs",
-        4, "--eval-every", 2, "--lambda-a", lambda_a, "--out", tmp_path)
+        4, "--eval-every", 2, "--lambda-a", lambda_a, "--amp", amp, "--out", tmp_path)
     assert status == 0, err
     assert {p.name for p in tmp_path.iterdir()} == {"last.pth", "best.pth", "student.pth",
                                                     "log.jsonl", "args.json"}
@@ -639,6 +647,9 @@ def test_wrong_flags_are_one_line(teacher, tmp_path, capsys, monkeypatch):
     for arguments, message in (
             ([*here, "--teacher", "none"], "no teacher none: take dino_s16"),
             ([*here, "--teacher", "vit_t16"], "vit_t16 cannot be downloaded"),
+            ([*SMALL[:2], "--teacher", "dinov2_s14", "--image-size", 32],
+             "patch sizes, student's 16 and teacher's 14: take 112 or 224"),
+            ([*here, "--weights", weights], "--weights goes with --visualize"),
             ([*here, "--teacher", weights, "--lambda-a", -1], "--lambda-a: -1 is not in [0, inf)"),
             ([*here, "--teacher", weights, "--student", "deit_t"], "no student deit_t: take micro"),
             ([*here, "--teacher", weights, "--image-size", 15, "--patch-size", 5],
@@ -669,17 +680,18 @@ def test_visualize_draws_what_the_models_attend_to(teacher, tmp_path, capsys, mo
 
     looks_at(0, 4, 8, 2, tmp_path / "t.pth")    # top left of 4 x 4
     looks_at(63, 8, 4, 3, tmp_path / "s.pth")   # bottom right of 8 x 8
-    data, _ = teacher
+    data, wide = teacher
     photos = sorted((data / "val" / "ant").iterdir())[:2]
     status, out, err = in_process(attndistill, capsys, monkeypatch, "--visualize", *photos,
                                   "--weights", tmp_path / "s.pth", "--teacher", tmp_path / "t.pth",
                                   "--out", tmp_path / "pictures")
     assert status == 0, err
-    assert "image, teacher, mean, head 1, head 2, student, mean, head 1, head 2, head 3" in out
+    assert "image, teacher mean, head 1, head 2, student mean, head 1, head 2, head 3" in out
     picture = np.asarray(Image.open(tmp_path / "pictures" / "attention.png")).astype(int)
     columns, tile = 1 + 3 + 4, 160 + 2
     assert picture.shape[1] == columns * tile + 2
-    body = picture[-(2 * tile):]  # two rows, and the header above
+    header, body = picture[:-(2 * tile)], picture[-(2 * tile):]
+    assert all((header[:, c * tile + 2:(c + 1) * tile] > 200).any() for c in range(columns))
     for row in range(2):
         for column in range(1, columns):
             part = body[row * tile:(row + 1) * tile - 2, column * tile + 2:(column + 1) * tile]
@@ -690,10 +702,19 @@ def test_visualize_draws_what_the_models_attend_to(teacher, tmp_path, capsys, mo
             assert corners[looked] > corners[other] + 200, (row, column, corners)
 
 
+    # at another size; and to a folder that cannot be
+    for image_size, out, status in ((48, tmp_path / "large", 0), (32, "/proc/nowhere", 2)):
+        found, _, err = in_process(
+            attndistill, capsys, monkeypatch, "--visualize", *photos, "--weights",
+            tmp_path / "s.pth", "--teacher", wide, "--image-size", image_size, "--out", out)
+        assert found == status and ("cannot write /proc/nowhere" in err) == (status == 2)
+
+
 @pytest.mark.slow
 def test_demo_prints_its_table():
     out, _ = run("attndistill.py", "--demo", timeout=600)
-    assert len(out.splitlines()[-3:]) == 3 and "PA + AG" in out.splitlines()[-1]
+    table = out.splitlines()[-3:]
+    assert [line.split("  ")[0] for line in table] == ["teacher", "student, PA", "student, PA + AG"]
 
 
 @pytest.mark.slow

@@ -97,10 +97,26 @@ def test_accuracy_counts_top1_and_top5():
     features = {"train_features": train, "train_labels": labels, "test_features": test,
                 "test_labels": test_labels}
     accuracy = eval_knn.knn_accuracy(features, (5, 50), 0.07, 9)
+    # one neighbour names one class, whatever fills up the five; a k given twice counts once
+    one = eval_knn.knn_accuracy(features, (1, 1), 0.07, 9)
+    assert one[1][0] == one[1][1] > 20 and len(one) == 1
     for k, (top1, top5) in accuracy.items():
         order = np.argsort(-brute_force(train, labels, test, k, 0.07, 9), 1, kind="stable")
         assert top1 == pytest.approx(100 * (order[:, 0] == test_labels.numpy()).mean())
         assert top1 < top5 <= 100
+
+
+def test_the_workspace_counts_classes_and_neighbours(monkeypatch):
+    """Test images are taken in parts that fit, however many classes there are."""
+    rows, normalize = [], F.normalize
+    monkeypatch.setattr(eval_knn, "WORKSPACE", 100_000)
+    monkeypatch.setattr(F, "normalize", lambda x, dim: rows.append(len(x)) or normalize(x, dim=dim))
+    train, test = torch.randn(100, 8), torch.randn(500, 8)
+    for num_classes, ks, expected in ((10, (1,), 100_000 // 152), (20_000, (1,), 1),
+                                      (10, (100,), 100_000 // 1340)):
+        rows.clear()
+        eval_knn.knn_predict(train, torch.zeros(100).long(), test, ks, num_classes=num_classes)
+        assert rows[0] == min(500, expected)
 
 
 MEMORY = """
@@ -153,6 +169,15 @@ def test_softmax_regression_is_sgd_with_momentum():
             sgd.step()
             schedule.step()
         assert torch.allclose(logits[g].double(), x_more @ W + b, rtol=1e-3, atol=1e-4)
+
+
+def test_a_last_batch_of_one_does_not_upset_the_regression():
+    features, labels, test, test_labels = problem(N=2049, N_test=500, D=64, C=5)
+    accuracy = {}
+    for N in (2048, 2049):
+        logits = eval_knn.softmax_regression(features[:N], labels[:N], 5, [0.3], [0.0])(test)
+        accuracy[N] = (logits[0].argmax(1) == test_labels).float().mean().item()
+    assert accuracy[2048] > 0.9 and abs(accuracy[2048] - accuracy[2049]) < 0.03
 
 
 def test_linear_probe_chooses_on_held_out_training_features_only():
@@ -290,7 +315,12 @@ def test_wrong_input_is_one_line(tmp_path, files, capsys, monkeypatch):
             (data, 2, "give --weights, --arch or --load-features"),
             ([*data, "--weights", tmp_path / "no.pth"], 2, "no file"),
             ([*data, "--weights", tmp_path / "other.pth"], 2, "released weights need --arch NAME"),
-            ([*data, "--arch", "dino_s15"], 2, "no teacher dino_s15: take dino_s16"),
+            ([*data, "--arch", "dino_s15"], 2, "no arch dino_s15: take dino_s16"),
+            ([*data, "--arch", "mugs_s16"], 2, "give its file with --weights FILE"),
+            ([*data, "--arch", files / "vitkd.pth", *good], 2, "--arch with --weights is one of"),
+            ([*good, "--load-features", "x"], 2, "takes neither --weights nor --arch"),
+            ([*data, *good, "--save-features", "/proc/no/f.pth"], 2, "cannot write --save-feat"),
+            ([*data, *good, "--save-features", tmp_path], 2, "it is a folder"),
             ([*data, "--arch", "vit_t16", "--weights", tmp_path / "other.pth"], 2, "150 missing"),
             ([*data, *good, "--image-size", 18], 2, "18 is not a multiple of the patch size 4"),
             ([*data, *good, "--ks", 0], 2, "--ks: 0 is not in [1, inf)"),

@@ -6,6 +6,8 @@ import shlex
 import torch
 from conftest import ROOT
 
+import attndistill
+import eval_knn
 import vitkd
 
 README = (ROOT / "README.md").read_text()
@@ -15,25 +17,33 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-def test_the_python_block_runs():
-    code, = blocks("python")
+def test_the_python_blocks_run():
+    vitkd_code, attndistill_code = blocks("python")
     values = {
         "student_shallow": [torch.randn(2, 196, 192)] * 2, "student_deep": torch.randn(2, 196, 192),
         "teacher_shallow": [torch.randn(2, 196, 384)] * 2, "teacher_deep": torch.randn(2, 196, 384),
         "student_logits": torch.randn(2, 10), "teacher_logits": torch.randn(2, 10),
         "target": torch.tensor([1, 2]), "cross_entropy": torch.tensor(2.0)}
-    exec(code, values)  # noqa: S102 - the README is ours
+    exec(vitkd_code, values)  # noqa: S102 - the README is ours
     assert values["loss"].isfinite() and values["loss"] > 2
+    values = {
+        "mse_loss": torch.nn.functional.mse_loss, "student_cls": torch.randn(2, 192),
+        "teacher_cls": torch.randn(2, 384), "student_attn": torch.rand(2, 3, 197).softmax(-1),
+        "teacher_attn": torch.rand(2, 6, 785).softmax(-1)}
+    exec(attndistill_code, values)  # noqa: S102
+    assert values["loss"].isfinite() and values["loss"] > 1
 
 
 def test_every_command_of_a_script_parses(monkeypatch):
     commands = [shlex.split(line, comments=True) for block in blocks("bash")
                 for line in block.splitlines()]
-    ours = [words for words in commands if "vitkd.py" in words and "--help" not in words]
-    assert len(ours) >= 6
-    for words in ours:
-        monkeypatch.setattr("sys.argv", words[words.index("vitkd.py"):])
-        vitkd.parse_args()
+    for script, least in ((vitkd, 6), (attndistill, 3), (eval_knn, 1)):
+        name = f"{script.__name__}.py"
+        ours = [words for words in commands if name in words and "--help" not in words]
+        assert len(ours) >= least
+        for words in ours:
+            monkeypatch.setattr("sys.argv", words[words.index(name):])
+            script.parse_args()
 
 
 def test_ci_runs_the_readmes_test_command():
