@@ -700,7 +700,8 @@ def log_epoch(args, record, seconds_left):
             file.write(json.dumps(record) + "\n")
     hidden = {"epoch", "seconds", "data_wait", "peak_memory_gb"}
     hidden |= {name for name in ("unreadable", "skipped_steps") if not record[name]}
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items() if name not in hidden)
+    shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items()
+                      if name not in hidden and not isinstance(value, list))
     say(f"epoch {record['epoch']}/{args.epochs}  {shown}  {record['seconds']:.0f} s, "
         f"{duration(seconds_left)} left")
 

@@ -135,7 +135,7 @@ def extract_features(model, dataset, args, device, autocast, dtype=torch.float16
 
 # ------------------------------------------------------------------ linear probe
 
-RATES, DECAYS = (0.003, 0.01, 0.03, 0.1, 0.3), (0.0, 1e-4, 1e-3)
+RATES, DECAYS = (0.01, 0.03, 0.1, 0.3, 1.0), (0.0, 1e-4, 1e-3)
 
 
 @torch.no_grad()
@@ -225,12 +225,13 @@ def load_model(args):
         raise common.Abort(f"--image-size {arch['image_size']} is not a multiple of the patch size "
                            f"{arch['patch_size']}")
     state = {k: v for k, v in checkpoint["model"].items() if not k.startswith("head")}
-    problems = script.mismatches(state, {**checkpoint["arch"], "num_classes": 0})
-    if problems:
-        raise common.Abort(f"{args.weights} does not hold the ViT it names: {'; '.join(problems)}")
-    state["pos_embed"] = script.resize_pos_embed(state["pos_embed"], grid)
     model = script.ViT(**arch)
-    model.load_state_dict(state)
+    try:
+        state["pos_embed"] = script.resize_pos_embed(state["pos_embed"], grid)
+        model.load_state_dict(state)
+    except (KeyError, RuntimeError) as error:
+        raise common.Abort(f"{args.weights} does not hold the ViT that it describes: "
+                           f"{' '.join(str(error).split())[:300]}")
     return model.requires_grad_(False).eval()
 
 

@@ -89,7 +89,7 @@ def ratio(seconds, way):
 
 
 def per_second(seconds, items):
-    return " | ".join(f"{items / statistics.median(s):.0f}" for s in seconds.values())
+    return " | ".join(f"{items / statistics.median(s):.3g}" for s in seconds.values())
 
 
 def precision(amp, fused=False):
