@@ -629,8 +629,8 @@ def train_with_labels(args, device):
     common.check_flags(args)
     train_set, val_set, num_classes = common.load_data(args, None)
     autocast, scaler = common.set_precision(args, device)
-    arch = {"image_size": args.image_size, "patch_size": args.patch_size, "dim": 128, "depth": 6,
-            "num_heads": 4, "num_classes": num_classes}
+    arch = {"image_size": args.image_size, "patch_size": args.patch_size, "dim": 144, "depth": 6,
+            "num_heads": 3, "num_classes": num_classes}
     torch.manual_seed(args.seed)
     model = ViT(**arch).to(device)
     optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr)

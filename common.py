@@ -433,7 +433,7 @@ def parameter_groups(module, weight_decay):
     """AdamW groups: no weight decay on biases, norms, scales, tokens and position embeddings."""
     groups = [{"params": [], "weight_decay": weight_decay}, {"params": [], "weight_decay": 0.0}]
     for name, parameter in module.named_parameters():
-        exempt = parameter.ndim <= 1 or name.endswith(("_token", "pos_embed"))
+        exempt = parameter.ndim <= 1 or name.endswith(("_token", "pos_embed", "pos_weight"))
         groups[exempt]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 

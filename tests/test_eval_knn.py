@@ -326,7 +326,7 @@ def test_wrong_input_is_one_line(tmp_path, files, capsys, monkeypatch):
             ([*data, *good, "--ks", 0], 2, "--ks: 0 is not in [1, inf)"),
             (["--data", tmp_path, *good], 2, "no folder"),
             (["--load-features", tmp_path / "other.pth"], 2, "not written by --save-features"),
-            ([*data, "--weights", tmp_path / "half.pth"], 2, "missing"),
+            ([*data, "--weights", tmp_path / "half.pth"], 2, "Missing key(s)"),
             ([*data, "--weights", tmp_path / "nan.pth"], 1, "features are not finite")):
         found, _, err = in_process(eval_knn, capsys, monkeypatch, *arguments)
         assert found == status and message in err and len(err.splitlines()) == 1, err
