@@ -544,6 +544,24 @@ def test_a_run_and_what_it_leaves(lambda_a, amp, teacher, tmp_path, capsys, monk
     assert torch.allclose(theirs.double()(images.double()), cheap, rtol=1e-10, atol=1e-10)
 
 
+def test_the_objective_is_both_terms_and_reaches_every_parameter():
+    args = argparse.Namespace(lambda_a=0.3, temperature=7.0)
+    student, teacher = sharp_vit(num_classes=0), sharp_vit(num_classes=0).requires_grad_(False)
+    model = attndistill.Objective(student, attndistill.projector(24, 24).double(), args)
+    images = torch.randn(3, 3, 20, 20).double()
+    z_t, a_t = teacher.class_token_and_attention(images)
+    losses = model(images, z_t, a_t)
+    z_s, a_s = student.class_token_and_attention(images)
+    alignment = (model.project(z_s) - z_t).square().mean()
+    assert losses["alignment"].item() == pytest.approx(alignment.item(), rel=1e-5)
+    assert losses["guidance"].item() == pytest.approx(0.3 * numpy_guidance(a_s, a_t, 7.0), rel=1e-5)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert sum(p.grad.abs().sum() == 0 for p in model.parameters()) == 0
+    args.lambda_a = 0
+    assert model(images, z_t, a_t).keys() == {"alignment"}
+
+
 def test_labels_are_never_read(teacher, tmp_path, capsys, monkeypatch):
     """Shuffled labels in training: the very same student."""
     data, weights = teacher
