@@ -219,6 +219,8 @@ def load_model(args):
         raise common.Abort(f"{args.weights} is no checkpoint of this project; released weights "
                            f"need --arch NAME")
     script, arch = importlib.import_module(checkpoint["script"]), {**checkpoint["arch"]}
+    if "cnn" in arch:
+        raise common.Abort(f"{args.weights} is a CNN; features are taken from ViTs")
     arch.update(num_classes=0, image_size=args.image_size or arch["image_size"])
     grid, rest = divmod(arch["image_size"], arch["patch_size"])
     if rest:

@@ -24,6 +24,7 @@ from PIL import Image
 
 import attndistill
 import common
+import eval_knn
 import vitkd
 
 # ------------------------------------------------------------------ attention guidance
@@ -540,6 +541,13 @@ def test_a_run_and_what_it_leaves(lambda_a, amp, teacher, tmp_path, capsys, monk
     rebuilt.load_state_dict(student["model"])
     theirs = vitkd.ViT(**student["arch"]).eval()
     theirs.load_state_dict(student["model"])
+    # the k-NN of training is eval_knn.py's
+    status, table, err = in_process(
+        eval_knn, capsys, monkeypatch, "--weights", tmp_path / "student.pth", "--data", data,
+        "--workers", 2, "--amp", "bf16" if amp == "bf16" else "off", "--micro-batch", 16)
+    assert status == 0, err
+    for k in (10, 20, 100, 200):
+        assert f"k = {k:<4d} top-1 {log[-1][f'knn{k}']:6.2f} %" in table or amp == "fp16"
     cheap = rebuilt.double().class_token_and_attention(images.double())[0]
     assert torch.allclose(theirs.double()(images.double()), cheap, rtol=1e-10, atol=1e-10)
 

@@ -1,0 +1,853 @@
+"""DearKD: distil a CNN's early layers into a vision transformer, then let the transformer go.
+
+Chen et al., "DearKD: Data-Efficient Early Knowledge Distillation for Vision Transformers",
+arXiv 2204.12997 (CVPR 2022). No code of it was ever released.
+
+The idea. Convolution is the better teacher where data are few, free attention the better student
+where they are many. So a ViT learns in two stages:
+  1. from a CNN: its early feature maps (hints, through an aligner) and its predicted class. The
+     first blocks can express convolution: a term of the relative position is added to their
+     attention (MHCA), with dropout so that they don't lock onto their neighbourhood;
+  2. from the labels alone. The teacher is gone, attention may leave the neighbourhood.
+
+The paper's: the two stages, MHCA with dropout in early blocks, the aligner with mean squared error
+on hidden features, hard-label logits on DeiT's distillation token, RegNetY-16GF as teacher. Our
+reading, for want of code: everything else, that is the form and start of the position term, the
+aligner's layers, which block learns from which stage and their weight, the stages' losses, and how
+a CNN's stages are found. The numbers are those of our ablation (tests/evidence/).
+
+The paper's headline, DearKD-Ti on ImageNet-1k, 74.8 against DeiT-Ti's 72.2 top-1 (paper):
+    torchrun --nproc_per_node 8 dearkd.py --data data/imagenet --student deit_t
+A CNN trained on your own images, then distilled:
+    python dearkd.py --data my/images --train-teacher resnet18 --out out/cnn
+    python dearkd.py --data my/images --teacher out/cnn/student.pth --student deit_t
+On a laptop, in minutes, with nothing to download:
+    python dearkd.py --demo
+"""
+
+import collections
+import contextlib
+import copy
+import difflib
+import functools
+import math
+import pickle
+import re
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.data import DataLoader, Subset
+from torchvision import models
+from torchvision.datasets.folder import default_loader
+from torchvision.models.feature_extraction import (
+    create_feature_extractor,
+    get_graph_node_names,
+)
+from torchvision.ops import StochasticDepth
+from torchvision.transforms import v2
+from torchvision.utils import draw_bounding_boxes, make_grid, save_image
+
+import common
+
+# ------------------------------------------------------------------ the method
+
+
+class ConvAttention(nn.Module):
+    """MHCA: self-attention that can express a convolution (arXiv 2204.12997, section 3.2).
+
+    Between patches at grid offset d = (d1, d2), rows and columns from query to key, head h has the
+    logit  q.k / sqrt(D/H) + dropout(v_h . r_d),  r_d = (|d|^2, d1, d2),  v_h = pos_weight[h].
+    v_h = -a (1, -2 c1, -2 c2) gives -a |d - c|^2 and a constant: a Gaussian around offset c. At
+    first a = 1 and the heads' c are the nearest offsets. Prefix tokens (class, distillation) have
+    no place: their rows and columns get 0. Dropout strikes a head's whole offset, for all images.
+
+    forward: (B, P+N, D) -> (B, P+N, D), P = num_prefix_tokens, N = grid_size^2
+    """
+
+    def __init__(self, dim, num_heads, grid_size, num_prefix_tokens, pos_dropout=0.1):
+        super().__init__()
+        self.num_heads, self.grid_size = num_heads, grid_size
+        self.num_prefix_tokens, self.pos_dropout = num_prefix_tokens, pos_dropout
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+        nearest = sorted(((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)),
+                         key=lambda c: c[0]**2 + c[1]**2)
+        c = torch.tensor([nearest[h % 9] for h in range(num_heads)]).float()
+        self.pos_weight = nn.Parameter(torch.cat([-torch.ones(num_heads, 1), 2 * c], 1))  # (H, 3)
+        # All offsets d on the grid, their r_d, and which of them lies between patches i and j.
+        g = grid_size
+        d = torch.cartesian_prod(*2 * [torch.arange(1 - g, g)])             # ((2g-1)^2, 2)
+        r = torch.cat([d.square().sum(1, keepdim=True), d], 1).float()      # ((2g-1)^2, 3)
+        place = torch.cartesian_prod(*2 * [torch.arange(g)])                # (N, 2)
+        between = place[None] - place[:, None] + g - 1                      # (N, N, 2), from 0
+        self.register_buffer("r", r, persistent=False)
+        self.register_buffer("offset", between[..., 0] * (2 * g - 1) + between[..., 1],
+                             persistent=False)                              # (N, N)
+
+    def position_term(self):
+        """(H, P+N, P+N), added to the logits: computed once for all images."""
+        term = (self.pos_weight[:, None] * self.r).sum(2)   # (H, (2g-1)^2); autocast leaves it be
+        term = F.dropout(term, self.pos_dropout, self.training)
+        P = self.num_prefix_tokens
+        return F.pad(term[:, self.offset], (P, 0, P, 0))                    # (H, P+N, P+N)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, N, D/H) each
+        x = F.scaled_dot_product_attention(q, k, v, self.position_term().to(q.dtype))
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class Aligner(nn.Module):
+    """Patch tokens (B, N, D) -> a map (B, C_t, g, g) to be compared with a CNN's: 3x3 depth-wise
+    convolution, LayerNorm over channels, Linear(D, C_t), GELU."""
+
+    def __init__(self, student_dim, teacher_channels):
+        super().__init__()
+        self.depthwise = nn.Conv2d(student_dim, student_dim, 3, padding=1, groups=student_dim)
+        self.norm = nn.LayerNorm(student_dim, eps=1e-6)
+        self.linear = nn.Linear(student_dim, teacher_channels)
+
+    def forward(self, tokens):
+        B, N, D = tokens.shape
+        g = math.isqrt(N)
+        x = self.depthwise(tokens.transpose(1, 2).reshape(B, D, g, g))      # (B, D, g, g)
+        x = F.gelu(self.linear(self.norm(x.permute(0, 2, 3, 1))))           # (B, g, g, C_t)
+        return x.permute(0, 3, 1, 2)                                        # (B, C_t, g, g)
+
+
+def hint_loss(student_map, teacher_map):
+    """L_h of one hint: mean squared error over all elements, the CNN's map (B, C_t, h, h) brought
+    to the student's grid (B, C_t, g, g), averaged where it is larger, enlarged where smaller."""
+    size, teacher_map = student_map.shape[-2:], teacher_map.float()
+    if teacher_map.shape[-1] >= size[-1]:
+        teacher_map = F.adaptive_avg_pool2d(teacher_map, size)
+    else:
+        teacher_map = F.interpolate(teacher_map, size, mode="bilinear")
+    return F.mse_loss(student_map.float(), teacher_map)
+
+
+# ------------------------------------------------------------------ the ViT
+
+SIZES = {  # name: (dim, depth, num_heads)
+    "micro": (96, 6, 3), "deit_t": (192, 12, 3), "deit_s": (384, 12, 6), "deit_b": (768, 12, 12)}
+
+
+class Attention(nn.Module):
+    def __init__(self, dim, num_heads):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x):
+        B, N, D = x.shape
+        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, N, D/H) each
+        x = F.scaled_dot_product_attention(q, k, v)                         # (B, H, N, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x):
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    def __init__(self, dim, attention, drop_path):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attention
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim)
+        self.drop_path = StochasticDepth(drop_path, "row")
+
+    def forward(self, x):
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class PatchEmbed(nn.Module):
+    def __init__(self, patch_size, dim):
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, patch_size, patch_size)
+
+    def forward(self, images):
+        return self.proj(images).flatten(2).transpose(1, 2)                 # (B, N, D)
+
+
+class ViT(nn.Module):
+    """DeiT with a class and a distillation token, its first `mhca_blocks` blocks with MHCA;
+    parameters have timm's names, and attn.pos_weight.
+
+    forward(images (B, 3, S, S)): in training mode the pair (class logits, distillation logits),
+    (B, C) each; in eval mode their mean; with num_classes=0 the normed class token (B, D).
+    drop_path: stochastic depth of the last block, growing linearly from 0 at the first.
+    """
+
+    def __init__(self, image_size=224, patch_size=16, dim=384, depth=12, num_heads=6,
+                 num_classes=1000, mhca_blocks=0, pos_dropout=0.1, drop_path=0.0):
+        super().__init__()
+        self.image_size, self.patch_size = image_size, patch_size
+        self.grid_size = image_size // patch_size
+        self.patch_embed = PatchEmbed(patch_size, dim)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.pos_embed = nn.Parameter(torch.zeros(1, 2 + self.grid_size**2, dim))
+        self.blocks = nn.ModuleList(
+            Block(dim, ConvAttention(dim, num_heads, self.grid_size, 2, pos_dropout)
+                  if i < mhca_blocks else Attention(dim, num_heads),
+                  drop_path * i / max(1, depth - 1))
+            for i in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.head = nn.Linear(dim, num_classes) if num_classes else None
+        self.head_dist = nn.Linear(dim, num_classes) if num_classes else None
+        for parameter in (self.cls_token, self.dist_token, self.pos_embed):
+            nn.init.trunc_normal_(parameter, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    def embed(self, images):
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise ValueError(f"images of {tuple(images.shape[-2:])} pixels, but this ViT is built "
+                             f"for image_size={self.image_size}")
+        x = self.patch_embed(images)                                        # (B, N, D)
+        prefix = torch.cat([self.cls_token, self.dist_token], 1).expand(len(x), -1, -1)
+        return torch.cat([prefix, x], 1) + self.pos_embed                   # (B, 2+N, D)
+
+    def features(self, images, after=()):
+        """(hidden, logits): patch tokens (B, N, D) after each of the blocks numbered in `after`
+        (from 0); what forward() gives."""
+        x, hidden = self.embed(images), {}
+        for i, block in enumerate(self.blocks):
+            x = block(x)
+            if i in after:
+                hidden[i] = x[:, 2:]
+        x = self.norm(x)
+        if self.head is None:
+            return hidden, x[:, 0]
+        logits = self.head(x[:, 0]), self.head_dist(x[:, 1])
+        return hidden, logits if self.training else (logits[0] + logits[1]) / 2
+
+    def forward(self, images):
+        return self.features(images)[1]
+
+
+@torch.no_grad()
+def attention_distance(model, images):
+    """(depth, H) float64: per block and head the mean over patches i of sum_j a_ij |p_i - p_j|, in
+    patches; attention among patches alone, rows made to sum 1. images (B, 3, S, S)."""
+    x, g = model.embed(images), model.grid_size
+    place = torch.cartesian_prod(*2 * [torch.arange(g, device=x.device)]).double()
+    distance, rows = torch.cdist(place, place), []                          # (N, N)
+    for block in model.blocks:
+        attention, y = block.attn, block.norm1(x)
+        B, N, D = y.shape
+        qkv = attention.qkv(y).view(B, N, 3, attention.num_heads, D // attention.num_heads)
+        q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+        logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])             # (B, H, 2+N, 2+N)
+        if isinstance(attention, ConvAttention):
+            logits = logits + attention.position_term()
+        a = logits[..., 2:, 2:].double().softmax(-1)                        # (B, H, N, N)
+        rows.append((a * distance).sum(-1).mean((0, 2)))
+        x = block(x)
+    return torch.stack(rows)
+
+
+def resize_pos_embed(pos_embed, grid):
+    """(1, [1+]N, D) -> (1, [1+]grid*grid, D): the patch part bicubically, the class row as it is.
+
+    antialias=True turns torch's cubic kernel from a = -0.75 into a = -0.5, which keeps ramps."""
+    old = math.isqrt(pos_embed.shape[1])
+    cls, patches = pos_embed[:, :-old * old], pos_embed[:, -old * old:]
+    if grid != old:
+        patches = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)      # (1, D, old, old)
+        patches = F.interpolate(patches.float(), (grid, grid), mode="bicubic", antialias=True)
+        patches = patches.flatten(2).transpose(1, 2)                        # (1, grid*grid, D)
+    return torch.cat([cls, patches], 1)
+
+
+# ------------------------------------------------------------------ the teacher
+
+
+class CifarBlock(nn.Module):
+    def __init__(self, channels_in, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.stride, self.more = stride, channels - channels_in
+
+    def forward(self, x):
+        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        # the shortcut has no weights: every stride-th pixel, new channels zero on both sides
+        x = x[:, :, ::self.stride, ::self.stride]
+        return F.relu(y + F.pad(x, (0, 0, 0, 0, self.more // 2, self.more // 2)))
+
+
+class CifarResNet(nn.Module):
+    """ResNet for 32 px (He et al., arXiv 1512.03385, section 4.2): depth = 6 * blocks + 2."""
+
+    def __init__(self, blocks, num_classes=10):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(16)
+        self.layer1 = nn.Sequential(*(CifarBlock(16, 16, 1) for _ in range(blocks)))
+        self.layer2 = nn.Sequential(*(CifarBlock(16 if i == 0 else 32, 32, 2 if i == 0 else 1)
+                                      for i in range(blocks)))
+        self.layer3 = nn.Sequential(*(CifarBlock(32 if i == 0 else 64, 64, 2 if i == 0 else 1)
+                                      for i in range(blocks)))
+        self.linear = nn.Linear(64, num_classes)
+
+    def forward(self, x):
+        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        return self.linear(x.mean((2, 3)))
+
+
+CIFAR_RESNETS = {f"cifar_resnet{depth}": (depth - 2) // 6 for depth in (20, 32, 44, 56)}
+
+
+def check_name(name):
+    """Raise common.Abort unless there is a CNN of that name."""
+    known = [known for known in models.list_models(module=models)
+             if not known.startswith(("vit", "swin", "maxvit"))]
+    known += CIFAR_RESNETS
+    if name not in known:
+        near = difflib.get_close_matches(name, known, 5, 0.5)
+        raise common.Abort(f"no CNN {name} in torchvision"
+                           + (f": did you mean {', '.join(near)}?" if near else "")
+                           + "; also the path of a student.pth of --train-teacher, or none")
+
+
+def make_cnn(name, num_classes):
+    """A CNN of that name with random weights; raises common.Abort for an unknown name."""
+    check_name(name)
+    if name in CIFAR_RESNETS:
+        return CifarResNet(CIFAR_RESNETS[name], num_classes)
+    keywords = {}
+    if name in ("googlenet", "inception_v3"):  # as their weights were trained; no extra heads
+        keywords = {"transform_input": True, "aux_logits": False, "init_weights": False}
+    return models.get_model(name, weights=None, num_classes=num_classes, **keywords)
+
+
+class Teacher(nn.Module):
+    """A CNN that also gives its stages' maps. Images (B, 3, S, S) of any size S, normalised as
+    common.MEAN and STD say, are brought to the size and normalisation that the CNN was trained at.
+
+    forward(images) -> logits (B, C)
+    features(images) -> (maps: [(B, C_1, h_1, h_1), ...], large ones first; logits)
+
+    A stage is a resolution: its map is the last one of that size through which everything that
+    follows is computed. That makes the stages of a ResNet conv1, conv2_x, .., conv5_x, after their
+    ReLU. (Where a CNN has none there, DenseNet or ConvNeXt, maps have negative values, too.)
+    """
+
+    def __init__(self, cnn, image_size, mean=common.MEAN, std=common.STD):
+        super().__init__()
+        self.image_size = image_size
+        scale, shift = torch.tensor(common.STD) / torch.tensor(std), torch.tensor(common.MEAN)
+        self.register_buffer("scale", scale[:, None, None], persistent=False)
+        self.register_buffer("shift", ((shift - torch.tensor(mean)) / torch.tensor(std))[
+            :, None, None], persistent=False)
+        cnn.eval()
+        last = get_graph_node_names(cnn)[1][-1]
+        self.cnn = create_feature_extractor(cnn, [last]).eval()
+        graph = self.cnn.graph
+        with torch.no_grad():
+            ShapeProp(self.cnn).propagate(torch.zeros(1, 3, image_size, image_size))
+        nodes = [node for node in graph.nodes if node.op != "get_attr"]
+        place, reach, stages = {node: i for i, node in enumerate(nodes)}, 0, {}
+        for i, node in enumerate(nodes[:-1]):
+            shape = getattr(node.meta.get("tensor_meta"), "shape", ())
+            image_like = len(shape) == 4 and shape[1] > 3 and shape[2] == shape[3] > 1
+            if i >= reach and image_like and shape[2] <= min(stages, default=shape[2]):
+                stages[shape[2]] = node  # nothing reaches past it: no path leads around it
+            reach = max([reach, *(place[user] for user in node.users)])
+        self.stages = [(node.name, *node.meta["tensor_meta"].shape[1:3])
+                       for node in stages.values()]  # (name, channels, height)
+        output = nodes[-1]
+        logits, = output.args[0].values()
+        output.args = ((list(stages.values()), logits),)
+        self.cnn.recompile()
+
+    def train(self, mode=True):
+        return super().train(False)  # frozen, BatchNorm's statistics too
+
+    def features(self, images):
+        if images.shape[-1] != self.image_size:
+            images = F.interpolate(images, 2 * [self.image_size], mode="bilinear", antialias=True)
+        return self.cnn(images * self.scale + self.shift)
+
+    def forward(self, images):
+        return self.features(images)[1]
+
+
+def load_teacher(name, weights=None, num_classes=1000):
+    """A frozen Teacher in eval mode.
+
+    name: a classification CNN of torchvision, its weights read from the file `weights` or else the
+    released ones, downloaded; cifar_resnet20, 32, 44, 56 (file only); or the path of a student.pth
+    that --train-teacher wrote. Images are brought to the size and normalisation of its training.
+    Raises common.Abort: unknown name, weights missing, damaged or of another model, a head that
+    has not `num_classes` classes.
+    """
+    size, mean, std = 224, common.MEAN, common.STD
+    if Path(name).is_file():
+        source, checkpoint = name, common.load_checkpoint(name)
+        arch = checkpoint.get("arch") if isinstance(checkpoint, dict) else None
+        if not isinstance(arch, dict) or "cnn" not in arch:
+            raise common.Abort(f"{name} was not written by --train-teacher; for released weights "
+                               f"take --teacher NAME --teacher-weights {name}")
+        state, size, cnn_name = checkpoint["model"], arch["image_size"], arch["cnn"]
+    else:
+        cnn_name = name
+        check_name(name)
+        if name in CIFAR_RESNETS:
+            size = 32
+            if not weights:
+                raise common.Abort(f"{name} cannot be downloaded: give its file with "
+                                   f"--teacher-weights FILE, or train one: --train-teacher {name}")
+        else:
+            release = models.get_model_weights(name).DEFAULT
+            transform = release.transforms()
+            size, mean, std = transform.crop_size[0], transform.mean, transform.std
+        source = weights or release.url
+        state = common.load_checkpoint(weights) if weights else download(source)
+        for wrapper in ("state_dict", "model"):
+            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+                state = state[wrapper]
+    state, versions = state if isinstance(state, dict) else {}, getattr(state, "_metadata", None)
+    state = {re.sub(r"(denselayer\d+\.\w+)\.([12])\.", r"\1\2.",  # DenseNet's file: norm.1 is norm1
+                    str(k).removeprefix("module.")): v for k, v in state.items()
+             if not str(k).startswith(("aux", "AuxLogits"))}
+    bias = [v for k, v in state.items() if k.endswith("bias") and getattr(v, "ndim", 0) == 1]
+    classes = len(bias[-1]) if bias else num_classes
+    cnn = make_cnn(cnn_name, classes)
+    state = {**{k: v for k, v in cnn.state_dict().items() if k.endswith("num_batches_tracked")},
+             **state}  # old files lack BatchNorm's counter, which nothing here reads
+    problems = mismatches(state, cnn)
+    if problems:
+        raise common.Abort(f"{source} does not hold a {cnn_name}: {'; '.join(problems)}")
+    if classes != num_classes:
+        raise common.Abort(f"the teacher in {source} has {classes} classes, the data {num_classes}")
+    broken = [k for k, v in state.items() if not v.isfinite().all()]
+    if broken:
+        raise common.Abort(f"{source} holds NaN or infinite weights: {', '.join(broken[:5])}")
+    state = collections.OrderedDict(state)
+    state._metadata = versions or cnn.state_dict()._metadata  # MNASNet reads it
+    cnn.load_state_dict(state)
+    return Teacher(cnn, size, mean, std).requires_grad_(False).eval()
+
+
+def download(url):
+    try:
+        with contextlib.redirect_stderr(sys.stdout):  # its progress is no error
+            return torch.hub.load_state_dict_from_url(  # into torch.hub's cache, or from it
+                url, map_location="cpu", weights_only=True, check_hash="-" in Path(url).name)
+    except (OSError, RuntimeError) as error:  # no network; another file's hash
+        raise common.Abort(f"cannot download {url} ({error}); fetch it elsewhere and give it "
+                           f"with --teacher-weights FILE")
+    except pickle.UnpicklingError:
+        raise common.Abort(f"what was downloaded from {url} is not a weights file: delete "
+                           f"{torch.hub.get_dir()}/checkpoints/{Path(url).name}")
+
+
+def mismatches(state, model):
+    """What keeps `state` from filling the model: a list of phrases, empty if nothing does."""
+    expected = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    found = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}
+    groups = {"missing": sorted(expected.keys() - found.keys()),
+              "unexpected": sorted(found.keys() - expected.keys()),
+              "of another shape": [f"{k} {found[k]} for {expected[k]}" for k in expected
+                                   if k in found and found[k] != expected[k]]}
+    return [f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in groups.items() if keys]
+
+
+# ------------------------------------------------------------------ training
+
+
+class Objective(nn.Module):
+    """The student and its aligners: one module, so that DistributedDataParallel averages every
+    gradient. hints: [(block, stage), ...], blocks from 0, stages from 1."""
+
+    def __init__(self, student, aligners, hints, args):
+        super().__init__()
+        self.student, self.aligners, self.hints, self.args = student, aligners, hints, args
+
+    def forward(self, images, target, guide):
+        """Loss terms by name, as they are added up. images (B, 3, S, S), target (B,) or (B, C);
+        guide: what the teacher's features() gives for the same images, None in stage 2."""
+        cross_entropy = functools.partial(F.cross_entropy,
+                                          label_smoothing=self.args.label_smoothing)
+        if not isinstance(self.student, ViT):  # a CNN that is to become a teacher
+            return {"ce": cross_entropy(self.student(images).float(), target)}
+        alpha, beta = self.args.alpha, self.args.beta
+        hidden, logits = self.student.features(images, [block for block, _ in self.hints])
+        by_class, by_distillation = (x.float() for x in logits)
+        if guide is None:  # stage 2, or no teacher at all
+            return {"ce": (cross_entropy(by_class, target)
+                           + cross_entropy(by_distillation, target)) / 2}
+        # (1 - alpha) CE(class, y) + alpha CE(distillation, argmax teacher) + beta * sum L_h
+        maps, teacher_logits = guide
+        losses = {"ce": (1 - alpha) * cross_entropy(by_class, target),
+                  "logits": alpha * F.cross_entropy(by_distillation, teacher_logits.argmax(1))}
+        if self.hints:
+            losses["hints"] = beta * sum(
+                hint_loss(aligner(hidden[block]), maps[stage - 1])
+                for aligner, (block, stage) in zip(self.aligners, self.hints))
+        return losses
+
+
+def train(args, device):
+    """Train args.student, with args.teacher or alone; or the CNN args.train_teacher. Returns the
+    last epoch's record."""
+    started = time.perf_counter()
+    common.check_flags(args)
+    transform = common.train_transform(args.image_size, (args.crop_scale, 1.0), args.rand_augment,
+                                       args.random_erasing)
+    train_set, val_set, num_classes = common.rank_zero_first(
+        lambda: common.load_data(args, transform))
+    args.num_classes, args.train_images = num_classes, len(train_set)
+    autocast, scaler = common.set_precision(args, device)
+
+    teacher, hints, aligners = None, [], nn.ModuleList()
+    torch.manual_seed(args.seed)
+    if args.train_teacher:
+        arch = {"cnn": args.train_teacher, "image_size": args.image_size,
+                "num_classes": num_classes}
+        student = make_cnn(args.train_teacher, num_classes)
+        check_image_size(student, args)
+    else:
+        dim, depth, num_heads = SIZES[args.student]
+        arch = {"image_size": args.image_size, "patch_size": args.patch_size, "dim": dim,
+                "depth": depth, "num_heads": num_heads, "num_classes": num_classes,
+                "mhca_blocks": args.mhca_blocks}
+        student = ViT(**arch, pos_dropout=args.pos_dropout, drop_path=args.drop_path)
+        if args.teacher != "none":
+            teacher = common.rank_zero_first(lambda: load_teacher(
+                args.teacher, args.teacher_weights, num_classes)).to(device)
+            hints = parse_hints(args.hints, depth, teacher.stages)
+            aligners.extend(Aligner(dim, teacher.stages[stage - 1][1]) for _, stage in hints)
+    if device.type == "cuda":  # convolutions are faster so
+        for cnn in (teacher, args.train_teacher and student):
+            if cnn:
+                cnn.to(memory_format=torch.channels_last)
+    model = Objective(student, aligners, hints, args).to(device)
+    ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
+    trained = ema.module if ema else student  # what is evaluated and exported
+    optimizer = torch.optim.AdamW(common.parameter_groups(model, args.weight_decay), lr=args.lr,
+                                  betas=(0.9, 0.999), fused=True)
+
+    checkpoint = common.open_run(args)
+    first_epoch, best = 0, -1.0
+    if checkpoint:
+        first_epoch, best = checkpoint["epoch"], checkpoint["best"]
+        student.load_state_dict(checkpoint["model"])
+        aligners.load_state_dict(checkpoint["aligners"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        scaler.load_state_dict(checkpoint["scaler"])
+        if ema:
+            ema.load_state_dict(checkpoint["ema"])
+
+    loader, val_batches = common.train_loader(train_set, args), common.val_loader(val_set, args)
+    if teacher and not checkpoint:
+        check_teacher(teacher, hints, val_batches, device, autocast, args)
+    mix = [v2.MixUp(alpha=args.mixup, num_classes=num_classes)] if args.mixup else []
+    mix += [v2.CutMix(alpha=args.cutmix, num_classes=num_classes)] if args.cutmix else []
+    mix = v2.RandomChoice(mix) if mix else lambda *batch: batch  # one of them per batch
+    if args.compile:  # in place: the names in state_dict() stay; evaluation runs eagerly
+        model.compile(dynamic=False)
+        if teacher:
+            teacher.features = torch.compile(teacher.features, dynamic=False)
+    prepared, began, record = time.perf_counter() - started, time.perf_counter(), None
+
+    for epoch in range(first_epoch, args.epochs):
+        stage = 1 if teacher and epoch < args.stage1_epochs else 2
+        if epoch in (first_epoch, args.stage1_epochs):  # in stage 2 the aligners are out of it
+            aligners.requires_grad_(stage == 1)
+            ddp = model
+            if common.world_size() > 1:
+                ddp = DistributedDataParallel(
+                    model, device_ids=[device] if device.type == "cuda" else None,
+                    gradient_as_bucket_view=True, broadcast_buffers=bool(args.train_teacher))
+        torch.manual_seed(common.mix_seed(args.seed, epoch, common.rank()))
+        books = common.Epoch(loader, epoch, args, device)
+        model.train()
+        for step, (images, target, parts) in enumerate(books.batches()):
+            lr = common.learning_rate(epoch * len(loader) + step, args, len(loader))
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            images, target = mix(images, target)
+            for part, weight, last in parts:  # micro-batches; weight: share of the step's mean
+                with contextlib.nullcontext() if last or ddp is model else ddp.no_sync():
+                    with autocast():
+                        with torch.no_grad():
+                            guide = teacher.features(images[part]) if stage == 1 else None
+                        losses = ddp(images[part], target[part], guide)
+                    scaler.scale(weight * sum(losses.values())).backward()
+                books.add(losses, weight)
+            books.optimizer_step(optimizer, scaler)  # clips; skips a step that is not finite
+            if ema:
+                ema.update_parameters(student)
+        if args.dry_run:
+            if teacher and args.stage1_epochs < args.epochs:
+                common.say("all epochs are counted as stage 1's; stage 2 runs without the teacher")
+            return common.report_dry_run(args, books, trained, teacher, [val_set],
+                                         autocast, prepared)
+
+        record = {**books.record(), **({"stage": stage} if teacher else {}), "lr": lr}
+        top1 = None
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            record.update(common.evaluate(trained, val_batches, device, autocast))
+            top1 = record["top1"]
+        stage_ends = epoch + 1 == args.epochs or teacher and epoch + 1 == args.stage1_epochs
+        if stage_ends and not args.train_teacher and common.rank() == 0:
+            some = Subset(val_set, range(0, len(val_set), math.ceil(len(val_set) / 64)))
+            batches = [images.to(device) for images, *_ in DataLoader(some, batch_size=8)]
+            distance = sum(len(images) * attention_distance(trained.eval(), images).mean(1)
+                           for images in batches) / len(some)
+            record["attention_distance"] = distance.tolist()  # of each block, in patches
+        record["seconds"] = time.perf_counter() - books.started
+        per_epoch = (time.perf_counter() - began) / (epoch + 1 - first_epoch)
+        common.log_epoch(args, record, per_epoch * (args.epochs - epoch - 1))
+        if "attention_distance" in record:
+            common.say((f"stage {stage} ends; " if teacher else "")
+                       + "attention distance, in patches, from block 0 on: "
+                       + " ".join(f"{d:.2f}" for d in distance))
+        if common.rank() == 0:
+            export = {"model": trained.state_dict(), "arch": arch, "script": "dearkd", "top1": top1}
+            common.save_checkpoint(f"{args.out}/student.pth", **export)
+            if top1 is not None and top1 > best:
+                best = top1
+                common.save_checkpoint(f"{args.out}/best.pth", **export)
+            common.save_checkpoint(
+                f"{args.out}/last.pth", **{**export, "model": student.state_dict()},
+                aligners=aligners.state_dict(), ema=ema.state_dict() if ema else None,
+                optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), epoch=epoch + 1,
+                stage=stage, best=best, args=common.comparable(args))
+    return record
+
+
+def check_image_size(cnn, args):
+    """Raise common.Abort where the CNN cannot take images of this size, or so few at once."""
+    few = torch.zeros(min(2, args.micro_batch), 3, args.image_size, args.image_size)
+    try:
+        copy.deepcopy(cnn)(few)
+    except (RuntimeError, ValueError) as error:
+        raise common.Abort(f"{args.train_teacher} cannot take {len(few)} images of "
+                           f"{args.image_size} px at once: {str(error).splitlines()[0]}")
+
+
+def parse_hints(text, depth, stages):
+    """"1:2,3:-1" -> [(1, 2), (3, len(stages))]: blocks from 0, stages from 1 or, negative, from
+    the last. Raises common.Abort for a block or a stage that does not exist."""
+    hints, last = [], len(stages)
+    for pair in text.split(",") if text != "none" else []:
+        try:
+            block, stage = map(int, pair.split(":"))
+        except ValueError:
+            raise common.Abort(f"--hints {text}: {pair} is not block:stage, such as 1:2; "
+                               f"or none for no hints")
+        if not 0 <= block < depth:
+            raise common.Abort(f"--hints {text}: the student has blocks 0 to {depth - 1}")
+        if not 1 <= (stage if stage > 0 else last + 1 + stage) <= last or stage == 0:
+            found = ", ".join(f"{i} ({channels} x {size} x {size})"
+                              for i, (_, channels, size) in enumerate(stages, 1))
+            raise common.Abort(f"--hints {text}: the teacher has stages {found}")
+        hints.append((block, stage if stage > 0 else last + 1 + stage))
+    return hints
+
+
+def check_teacher(teacher, hints, val_batches, device, autocast, args):
+    """Print the teacher's top-1 on the run's images and what is learned from which stage."""
+    few = 4 if args.dry_run else None
+    top1 = common.evaluate(teacher, val_batches, device, autocast, few)["top1"]
+    common.say(f"teacher {args.teacher}: top-1 {top1:.2f} % at {teacher.image_size} px"
+               + (f", on the first {few} batches" if few else ""))
+    for block, stage in hints:
+        name, channels, size = teacher.stages[stage - 1]
+        common.say(f"hint after block {block}: stage {stage} of {len(teacher.stages)}, "
+                   f"{channels} x {size} x {size} ({name})")
+
+
+# ------------------------------------------------------------------ pictures
+
+
+@torch.no_grad()
+def visualize(args):
+    """attention_distance.png: a row a block, a bar a head, its mean attention distance over the
+    images; the full width is the longest distance on the grid."""
+    if not args.weights:
+        raise common.Abort("--visualize needs the student: --weights out/.../student.pth")
+    checkpoint = common.load_checkpoint(args.weights)
+    if not isinstance(checkpoint, dict) or "mhca_blocks" not in checkpoint.get("arch", {}):
+        raise common.Abort(f"{args.weights} is no student of dearkd.py")
+    try:
+        model = ViT(**checkpoint["arch"])
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise common.Abort(f"{args.weights} does not hold the ViT that it describes: "
+                           f"{' '.join(str(error).split())[:300]}")
+    transform = common.val_transform(model.image_size)
+    try:
+        images = torch.stack([transform(default_loader(path)) for path in args.visualize])
+    except Exception as error:  # noqa: BLE001 - decoders raise whatever they like
+        raise common.Abort(f"cannot read the images: {error}")
+    distance = attention_distance(model.eval(), images)                     # (depth, H)
+    longest, width, tiles = math.sqrt(2) * (model.grid_size - 1), 240, []
+    for block, heads in enumerate(distance.tolist()):
+        tile = torch.zeros(3, 16 + 12 * len(heads), width, dtype=torch.uint8)
+        mean, name = sum(heads) / len(heads), type(model.blocks[block].attn).__name__
+        tile = draw_bounding_boxes(tile, torch.tensor([[0, 0, width, 16]]),
+                                   [f"block {block}, {name}: {mean:.2f} patches"], "white", width=0)
+        for h, d in enumerate(heads):
+            tile[:, 18 + 12 * h:26 + 12 * h, :max(1, round(width * d / longest))] = torch.tensor(
+                [[[240]], [[180 - 40 * (h % 3)]], [[60]]], dtype=torch.uint8)
+        tiles.append(tile)
+        common.say(f"block {block}: " + " ".join(f"{d:.2f}" for d in heads))
+    out = Path(args.out or Path(args.weights).parent) / "attention_distance.png"
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        save_image(make_grid(torch.stack(tiles) / 255, nrow=1), out)
+    except OSError as error:
+        raise common.Abort(f"cannot write {out}: {error}")
+    common.say(str(out))
+
+
+# ------------------------------------------------------------------ command line
+
+
+def parse_args():
+    parser = common.Parser(__doc__)
+    parser.add_flags("data", common.data_flags())
+    parser.add_flags("models", [
+        ("--student", "deit_t", f"the ViT to train: {', '.join(SIZES)}"),
+        ("--teacher", "regnet_y_16gf", "see above"),
+        ("--teacher-weights", str, "file of the named CNN's weights (default: download them)"),
+        ("--train-teacher", str, "train the CNN of this name from scratch instead, with labels"),
+        ("--patch-size", 16, "pixels a side of the student's patches", "[1, inf)"),
+        ("--mhca-blocks", 4, "first blocks that have MHCA", "[0, inf)"),
+        ("--pos-dropout", 0.1, "dropout of MHCA's position term", "[0, 1)"),
+        ("--drop-path", float, "stochastic depth (default: 0.1 for deit_b, else 0)", "[0, 1)")],
+        "Teachers: any classification CNN of torchvision; cifar_resnet20, 32, 44, 56 (at 32 px,\n"
+        "--teacher-weights FILE); the path of a student.pth of --train-teacher; or none: train\n"
+        "the student alone.")
+    parser.add_flags("loss", [
+        ("--stage1-epochs", int, "epochs with the teacher (default: five sixths of --epochs)",
+         "[0, inf)"),
+        ("--hints", "1:-2,3:-1", "block:stage,... or none: which blocks learn which CNN maps"),
+        ("--alpha", 0.5, "weight of the teacher's class against the label's", "[0, 1]"),
+        ("--beta", 1.0, "weight of the hints", "[0, inf)")],
+        "Blocks count from 0. A CNN's stages are its resolutions, from 1, or from the last: -1.")
+    parser.add_flags("recipe", [
+        *common.recipe_flags(batch_size=1024, epochs=300, min_lr=1e-5, weight_decay=0.05,
+                             clip_grad=5.0),
+        ("--crop-scale", 0.08, "smallest part of an image's area that a random crop keeps",
+         "(0, 1]"),
+        ("--label-smoothing", 0.1, "of the supervised loss", "[0, 1]"),
+        ("--mixup", 0.8, "alpha of MixUp, 0: none", "[0, inf)"),
+        ("--cutmix", 1.0, "alpha of CutMix, 0: none; with both, one of them per batch", "[0, inf)"),
+        ("--rand-augment", 9, "magnitude of RandAugment, 0 to 10, 0: none", "[0, 10]"),
+        ("--random-erasing", 0.25, "probability of RandomErasing", "[0, 1]"),
+        ("--ema", float, "decay of averaged weights to export, 0: none (default: deit_b 0.99996)",
+         "[0, 1)")],
+        "Peak learning rate: 1e-3 for batches of 1024, in proportion for others.\n"
+        "Warm-up: 20 epochs, or a tenth of --epochs where that is less.")
+    common.run_flags(parser)
+    group = parser.add_flags("pictures", [
+        ("--weights", str, "the student.pth whose attention distance is drawn")],
+        "--visualize writes attention_distance.png to --out, or else beside --weights.")
+    group.add_argument("--visualize", nargs="+", metavar="IMAGE", help="draw, don't train: how far "
+                       "each head looks, on these images")
+    args = parser.parse_args()
+
+    if args.weights and not args.visualize:
+        parser.error("--weights goes with --visualize")
+    if args.visualize:
+        return args
+    if args.student not in SIZES:
+        parser.error(f"no student {args.student}: take {', '.join(SIZES)}")
+    if args.train_teacher:
+        args.teacher, args.patch_size = "none", 1  # a CNN has no patches
+    if args.teacher_weights and (args.teacher == "none" or Path(args.teacher).is_file()):
+        parser.error(f"--teacher-weights goes with a teacher's name, not with {args.teacher}")
+    depth = SIZES[args.student][1]
+    if args.mhca_blocks > depth:
+        parser.error(f"--mhca-blocks {args.mhca_blocks}: {args.student} has {depth} blocks")
+    if args.stage1_epochs is None:
+        args.stage1_epochs = round(args.epochs * 5 / 6)
+    if args.stage1_epochs > args.epochs:
+        parser.error(f"--stage1-epochs {args.stage1_epochs} is longer than --epochs {args.epochs}")
+    if args.lr is None:
+        args.lr = 1e-3 * args.batch_size / 1024
+    if args.warmup_epochs is None:
+        args.warmup_epochs = min(20, args.epochs / 10)
+    if args.drop_path is None:
+        args.drop_path = 0.1 if args.student == "deit_b" and not args.train_teacher else 0.0
+    if args.ema is None:
+        args.ema = 0.99996 if args.student == "deit_b" and not args.train_teacher else 0.0
+    if args.out is None:
+        teacher = Path(args.teacher)
+        args.out = (f"out/dearkd-teacher-{args.train_teacher}" if args.train_teacher else
+                    f"out/dearkd-{args.student}-{teacher.parent.name or teacher.name}")
+    return args
+
+
+def demo(args, device):
+    """CNN teacher, student alone, with its logits, with DearKD, on shapes: the same seed."""
+    if common.world_size() > 1:
+        raise common.Abort("--demo is for a single process")
+    args.data, args.image_size, args.patch_size, args.batch_size = "shapes", 32, 4, 50
+    args.student, args.lr, args.eval_every = "micro", 1e-3, 10**9
+    args.dry_run, args.resume = False, None
+    args.mixup = args.cutmix = args.label_smoothing = args.ema = args.drop_path = 0.0
+    args.train_teacher = None
+    mhca_blocks, hints, table = args.mhca_blocks, args.hints, []
+    with tempfile.TemporaryDirectory() as folder:
+        cnn = f"{folder}/CNN/student.pth"
+        for name, teacher, epochs, changes in (
+                ("CNN", "none", 5, {"train_teacher": "cifar_resnet20"}),
+                ("alone", "none", 8, {"mhca_blocks": 0}),
+                ("logits only", cnn, 8, {"mhca_blocks": 0, "hints": "none"}),
+                ("DearKD", cnn, 8, {"mhca_blocks": mhca_blocks, "hints": hints})):
+            run = copy.copy(args)
+            run.out, run.teacher, run.epochs = f"{folder}/{name}", teacher, epochs
+            run.warmup_epochs, run.stage1_epochs = epochs / 10, round(epochs * 5 / 6)
+            vars(run).update(changes)
+            common.say(f"--- {name}, {epochs} epochs")
+            started = time.perf_counter()
+            top1 = train(run, device)["top1"]
+            name = name if name == "CNN" else f"student, {name}"
+            table.append(f"{name:20s} top-1 {top1:5.1f} %  {time.perf_counter() - started:4.0f} s")
+    common.say("\n" + "\n".join(table))
+
+
+def main():
+    args = parse_args()
+    if args.visualize:
+        return visualize(args)
+    device = common.init_processes()
+    if args.demo:
+        return demo(args, device)
+    train(args, device)
+
+
+if __name__ == "__main__":
+    common.run(main)
