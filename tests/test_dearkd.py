@@ -148,8 +148,12 @@ def test_vit_gives_a_pair_in_training_and_the_mean_in_eval():
     pair = model(images)
     assert [p.shape for p in pair] == [(2, 5), (2, 5)] and not torch.equal(*pair)
     assert torch.allclose(model.eval()(images), (pair[0] + pair[1]) / 2, atol=1e-6)
+    seen = []
+    for block in model.blocks:
+        block.register_forward_hook(lambda module, inputs, output: seen.append(output))
     hidden, _ = model.features(images, (0, 2))
-    assert {k: v.shape for k, v in hidden.items()} == {0: (2, 16, 24), 2: (2, 16, 24)}
+    assert hidden.keys() == {0, 2}  # patch tokens: without class and distillation token
+    assert all(torch.equal(v, seen[k][:, 2:]) for k, v in hidden.items())
     assert dearkd.ViT(16, 4, 24, 2, 3, num_classes=0).eval()(images).shape == (2, 24)
     names = set(model.state_dict())
     assert {"dist_token", "head_dist.weight", "blocks.1.attn.pos_weight"} <= names

@@ -7,6 +7,7 @@ import torch
 from conftest import ROOT
 
 import attndistill
+import dearkd
 import eval_knn
 import vitkd
 
@@ -37,7 +38,7 @@ def test_the_python_blocks_run():
 def test_every_command_of_a_script_parses(monkeypatch):
     commands = [shlex.split(line, comments=True) for block in blocks("bash")
                 for line in block.splitlines()]
-    for script, least in ((vitkd, 6), (attndistill, 3), (eval_knn, 1)):
+    for script, least in ((vitkd, 6), (attndistill, 3), (dearkd, 3), (eval_knn, 1)):
         name = f"{script.__name__}.py"
         ours = [words for words in commands if name in words and "--help" not in words]
         assert len(ours) >= least
