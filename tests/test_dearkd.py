@@ -411,8 +411,8 @@ def test_help_and_defaults(monkeypatch):
     args = dearkd.parse_args()
     common.check_flags(args)
     recipe = {"batch_size": 1024, "epochs": 300, "stage1_epochs": 250, "lr": 1e-3, "alpha": 0.5,
-              "beta": 10.0, "min_lr": 1e-5, "warmup_epochs": 20, "weight_decay": 0.05, "clip_grad": 5.0,
-              "mixup": 0.8, "cutmix": 1.0, "pos_dropout": 0.1, "teacher": "regnet_y_16gf",
+              "beta": 10.0, "min_lr": 1e-5, "warmup_epochs": 20, "weight_decay": 0.05,
+              "clip_grad": 5.0, "mixup": 0.8, "cutmix": 1.0, "pos_dropout": 0.1, "teacher": "regnet_y_16gf",
               "student": "deit_t", "out": "out/dearkd-deit_t-regnet_y_16gf"}
     assert {name: getattr(args, name) for name in recipe} == recipe
 
