@@ -326,8 +326,10 @@ def test_googlenets_own_input_transform_and_extra_heads(tmp_path):
     torch.save(cnn.state_dict(), tmp_path / "g.pth")
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
-        assert torch.allclose(dearkd.load_teacher("googlenet", tmp_path / "g.pth")(images),
-                              cnn(images), atol=1e-4)
+        maps, logits = dearkd.load_teacher("googlenet", tmp_path / "g.pth").features(images)
+        assert torch.allclose(logits, cnn(images), atol=1e-4)
+        first = cnn.conv1(cnn._transform_input(images))  # random weights: the logits hardly differ
+        assert torch.allclose(maps[0], first, atol=1e-4)
 
 
 def test_wrong_teachers_are_one_line(tmp_path, monkeypatch):
@@ -412,8 +414,9 @@ def test_help_and_defaults(monkeypatch):
     common.check_flags(args)
     recipe = {"batch_size": 1024, "epochs": 300, "stage1_epochs": 250, "lr": 1e-3, "alpha": 0.5,
               "beta": 10.0, "min_lr": 1e-5, "warmup_epochs": 20, "weight_decay": 0.05,
-              "clip_grad": 5.0, "mixup": 0.8, "cutmix": 1.0, "pos_dropout": 0.1, "teacher": "regnet_y_16gf",
-              "student": "deit_t", "out": "out/dearkd-deit_t-regnet_y_16gf"}
+              "clip_grad": 5.0, "mixup": 0.8, "cutmix": 1.0, "pos_dropout": 0.1,
+              "teacher": "regnet_y_16gf", "student": "deit_t",
+              "out": "out/dearkd-deit_t-regnet_y_16gf"}
     assert {name: getattr(args, name) for name in recipe} == recipe
 
 
@@ -614,7 +617,7 @@ def test_eval_knn_takes_a_student(teacher, tmp_path, capsys, monkeypatch):
 def test_demo_prints_its_table():
     out, _ = run("dearkd.py", "--demo", timeout=900)
     table = out.splitlines()[-4:]
-    assert [line.split("  ")[0] for line in table] == [
+    assert [line.split("top-1")[0].strip() for line in table] == [
         "CNN", "student, alone", "student, logits only", "student, DearKD"]
     top1 = [float(line.split("top-1")[1].split("%")[0]) for line in table]
     assert top1[3] > top1[1] + 5
