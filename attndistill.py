@@ -28,9 +28,8 @@ What teacher and student look at, as a picture:
 
 Measured (cores of an AMD EPYC, bf16, 2026-11-20; logs and commands in tests/evidence/; k-NN top-1,
 k = 20): the demo over seeds 0 to 3, student by PA 55.4 %, by PA + AG 63.1 % (gains 5.1 to 10.3),
-2 min 37 s on two cores;
-CIFAR-10, micro <- deit_t (64.2 %), 4 epochs of 50,000 images, seeds 0 and 1: PA 62.4 and 62.9 %,
-PA + AG 63.1 and 62.3 %, untrained 30.4 and 29.5 %: there guidance makes no difference.
+2 min 37 s on two cores; CIFAR-10, micro <- deit_t (64.2 %), 4 epochs of 50,000 images, seeds 0 and
+1: PA 62.4 and 62.9 %, PA + AG 63.1 and 62.3 %, untrained 30.4 and 29.5 %: no difference there.
 """
 
 import contextlib
