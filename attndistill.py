@@ -491,8 +491,8 @@ def train(args, device):
                 books.add(losses, weight)
             books.optimizer_step(optimizer, scaler)  # clips; skips a step that is not finite
         if args.dry_run:
-            return common.report_dry_run(args, books, student, teacher, [bank_set, val_set],
-                                         autocast, prepared)
+            return common.report_dry_run(args, [(books, args.epochs)], student, teacher,
+                                         [bank_set, val_set], autocast, prepared)
 
         record = {**books.record(), "lr": lr}
         top1 = None

@@ -40,19 +40,22 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DRY_RUN_STEPS = 20
 SCRIPT = Path(sys.argv[0]).name
 # What a resumed run may change: it alters nothing (--compile: nothing but rounding).
-FREE_ON_RESUME = {"data", "data_root", "teacher_weights", "out", "resume", "workers", "micro_batch",
-                  "eval_every", "compile", "dry_run"}
+FREE_ON_RESUME = {"data", "data_root", "val", "teacher_weights", "out", "resume", "workers",
+                  "micro_batch", "eval_every", "compile", "dry_run"}
 
 
 # ------------------------------------------------------------------ errors, signals, processes
 
 
 class Abort(Exception):
-    """Ends the program with one line on stderr and `status`: 2 wrong input, 1 training failed."""
+    """Ends the program with one line on stderr and `status`: 2 wrong input, 1 training failed.
 
-    def __init__(self, message, status=2):
+    Local rank 0 prints it for all; `alone` says that only this process knows of it.
+    """
+
+    def __init__(self, message, status=2, alone=False):
         super().__init__(message)
-        self.status = status
+        self.status, self.alone = status, alone
 
 
 class Stopped(BaseException):
@@ -67,15 +70,21 @@ class Unreadable(Exception):
     """So many files in a row cannot be read that it is not the files."""
 
 
-_training = False  # then a signal lets the step under way finish
+_held = False  # then a signal lets the step under way finish: hold_signals()
 _signal = 0  # number of the SIGTERM or SIGINT that was received
 
 
 def _receive(number, frame):
     global _signal
     _signal = number
-    if not _training:
+    if not _held:
         stop(number, "before anything was kept")
+
+
+def hold_signals():
+    """From here on a signal only sets signalled(): the loop finishes its step and stops itself."""
+    global _held
+    _held = True
 
 
 def stop(number, when):
@@ -109,12 +118,12 @@ def run(main):
                 raise
             stop(_signal, "together with its workers; OUT/last.pth keeps the last epoch finished")
     except (Abort, Stopped) as end:
-        if local_rank() == 0:
+        if local_rank() == 0 or getattr(end, "alone", False):
             kind = "error: " if isinstance(end, Abort) else ""
             print(f"{SCRIPT}: {kind}{end}", file=sys.stderr, flush=True)
         status = end.status
     if dist.is_initialized():
-        if dist.get_backend() == "gloo":  # its tear-down can wait for ever for a rank that left
+        if status or dist.get_backend() == "gloo":  # tear-down may wait for a rank that has left
             sys.stdout.flush()
             os._exit(status)
         dist.destroy_process_group()
@@ -160,19 +169,26 @@ def all_reduce(values, device, op=dist.ReduceOp.SUM):
     return values.tolist()
 
 
-def rank_zero_first(load):
-    """load(), on rank 0 (which may download) before the others; if rank 0 aborts, all do."""
-    result, failure = None, [None]
+def on_rank_zero(work):
+    """work() on rank 0 alone; what it returns on all ranks. If it aborts, all do."""
+    box = [None, None]  # result, failure
     if rank() == 0:
         try:
-            result = load()
+            box[0] = work()
         except (Abort, Stopped) as end:
-            failure = [end]
+            box[1] = end
     if dist.is_initialized():
-        dist.broadcast_object_list(failure, src=0)
-    if failure[0]:
-        raise failure[0]
-    return result if rank() == 0 else load()
+        dist.broadcast_object_list(box, src=0)
+    if box[1]:
+        raise box[1]
+    return box[0]
+
+
+def rank_zero_first(load):
+    """load() on each rank, on rank 0 (which may download) before the others."""
+    loaded = []
+    on_rank_zero(lambda: loaded.append(load()))
+    return loaded[0] if rank() == 0 else load()
 
 
 def say(text):
@@ -263,6 +279,8 @@ class Shapes(Dataset):
     """
 
     def __init__(self, split, image_size, length, seed=0):
+        self.classes = [str(label) for label in range(10)]
+        self.targets = [index % 10 for index in range(length)]
         self.length, self.size = length, image_size
         self.key = (seed, 0) if split == "train" else (0, 1)
 
@@ -306,37 +324,46 @@ def class_balanced_subset(labels, fraction):
 
 
 def load_data(args, transform):
-    """(training set, validation set, number of classes) of --data; raises Abort if it isn't there.
+    """(training set, validation set, number of classes) of --data, or the validation set of --val;
+    raises Abort if they aren't there or differ in their classes.
 
     `transform` is the training transform; shapes are fresh every epoch and need none.
     """
-    if args.data == "shapes":
-        length = max(10, round(4000 * args.data_fraction))
-        return (Shapes("train", args.image_size, length, args.seed),
-                Shapes("val", args.image_size, 1000), 10)
-    if args.data in ("cifar10", "cifar100"):
-        dataset = datasets.CIFAR10 if args.data == "cifar10" else datasets.CIFAR100
+    train = read_split(args.data, "train", args)
+    val = read_split(args.val or args.data, "val", args)
+    if train.classes != val.classes:
+        odd = sorted(set(train.classes) ^ set(val.classes))
+        raise Abort(f"the classes (folders) of {args.data}/train and of {args.val or args.data}"
+                    f"{'' if args.val else '/val'} differ: {', '.join(odd[:5])} in only one of "
+                    f"them ({len(odd)} in all)")
+    num_classes = len(train.classes)
+    if not isinstance(train, Shapes):
+        train = Photos(train, transform, args.seed,
+                       class_balanced_subset(train.targets, args.data_fraction))
+    if not isinstance(val, Shapes):
+        val = Photos(val, val_transform(args.image_size))
+    return train, val, num_classes
+
+
+def read_split(name, split, args):
+    """The "train" or "val" images of `name`, a folder or a word: a data set with .classes, its
+    images as PIL opens them (Shapes: as they are drawn). Raises Abort."""
+    if name == "shapes":
+        length = max(10, round(4000 * args.data_fraction)) if split == "train" else 1000
+        return Shapes(split, args.image_size, length, args.seed)
+    if name in ("cifar10", "cifar100"):
+        dataset = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
         try:
-            train, val = (dataset(args.data_root, train=t, download=True) for t in (True, False))
+            return dataset(args.data_root, train=split == "train", download=True)
         except (OSError, RuntimeError) as error:
             raise Abort(f"cannot download {dataset.url} to {args.data_root} ({error}); without a "
                         f"network, unpack that file there, or give --data a folder")
-    else:
-        train, val = _image_folder(args.data, "train"), _image_folder(args.data, "val")
-        if train.classes != val.classes:
-            odd = sorted(set(train.classes) ^ set(val.classes))
-            raise Abort(f"the class folders of {args.data}/train and {args.data}/val differ: "
-                        f"{', '.join(odd[:5])} in only one of them ({len(odd)} in all)")
-    indices = class_balanced_subset(train.targets, args.data_fraction)
-    return (Photos(train, transform, args.seed, indices),
-            Photos(val, val_transform(args.image_size)), len(train.classes))
-
-
-def _image_folder(root, split):
-    folder = Path(root) / split
+    folder = Path(name) / split
+    if args.val and split == "val" and not folder.is_dir():
+        folder = Path(name)  # --val may be the folder of class folders itself
     if not folder.is_dir():
-        raise Abort(f"no folder {folder}: --data must hold train/CLASS/* and val/CLASS/*, "
-                    f"or be one of cifar10, cifar100, shapes")
+        raise Abort(f"no folder {folder}: --data must hold train/CLASS/* and val/CLASS/* (or --val "
+                    f"another folder of CLASS/*), or be one of cifar10, cifar100, shapes")
     try:
         return datasets.ImageFolder(folder)
     except FileNotFoundError as error:
@@ -379,7 +406,7 @@ def _start_worker(worker):
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
-def _loader(dataset, workers, **keywords):
+def make_loader(dataset, workers, **keywords):
     return DataLoader(dataset, num_workers=workers, worker_init_fn=_start_worker,
                       pin_memory=torch.cuda.is_available(),
                       generator=torch.Generator(),  # its own: the loop's random numbers stay put
@@ -390,14 +417,14 @@ def train_loader(dataset, args):
     """Batches of this process's share; set loader.batch_sampler.epoch before each pass."""
     workers = 0 if isinstance(dataset, Shapes) else args.workers  # faster drawn than sent
     sampler = ShardedBatches(len(dataset), args.batch_size, args.seed)
-    return _loader(dataset, workers, batch_sampler=sampler, persistent_workers=workers > 0)
+    return make_loader(dataset, workers, batch_sampler=sampler, persistent_workers=workers > 0)
 
 
 def val_loader(dataset, args):
     """This process's share of the validation images: every world_size-th, none twice."""
     workers = 0 if isinstance(dataset, Shapes) else args.workers
     share = Subset(dataset, range(rank(), len(dataset), world_size()))
-    return _loader(share, workers, batch_size=min(256, args.micro_batch))
+    return make_loader(share, workers, batch_size=min(256, args.micro_batch))
 
 
 # ------------------------------------------------------------------ recipe
@@ -506,6 +533,7 @@ class Epoch:
         self.step_waits, self.timed_from = [], time.perf_counter()
         for _ in range(DRY_RUN_STEPS - 5):
             yield next(endless)
+        self.timed_seconds = time.perf_counter() - self.timed_from
 
     def add(self, losses, weight):
         for name, loss in losses.items():
@@ -601,13 +629,18 @@ def evaluate(model, loader, device, autocast, max_batches=None):
 
 
 def save_checkpoint(path, **state):
-    """torch.save(state) to `path` so that whatever happens, `path` is either the old file or the
-    whole new one: temporary file in the same folder, flush, fsync, rename."""
+    """torch.save(state) to `path`, whole or not at all."""
+    write_whole(path, lambda file: torch.save(state, file))
+
+
+def write_whole(path, write):
+    """write(file) to `path` so that whatever happens, `path` is either the old file or the whole
+    new one: temporary file in the same folder, flush, fsync, rename."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -642,8 +675,7 @@ def load_checkpoint(path):
 
 def open_run(args):
     """Make or check --out. Returns last.pth's content if the run goes on from it, else None."""
-    global _training
-    _training = True  # from here on a signal lets the step under way finish
+    hold_signals()
     if args.dry_run:
         return None
     out, checkpoint = Path(args.out), None
@@ -668,8 +700,6 @@ def open_run(args):
         raise Abort(f"--out {out} is not the same folder for all processes: they must share it")
 
     def prepare():
-        if rank() != 0:
-            return
         # A run killed between its log line and its checkpoint does that epoch again.
         lines = log.read_text().splitlines() if checkpoint and log.exists() else []
         kept = [line for line in lines if line.endswith("}")
@@ -684,7 +714,7 @@ def open_run(args):
         except OSError as error:
             raise Abort(f"cannot write to --out {out}: {error}")
 
-    rank_zero_first(prepare)
+    on_rank_zero(prepare)
     return checkpoint
 
 
@@ -713,15 +743,15 @@ def duration(seconds):
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min"
 
 
-def report_dry_run(args, books, student, teacher, eval_sets, autocast, prepared):
+def report_dry_run(args, timed, student, teacher, eval_sets, autocast, prepared):
     """Print what --dry-run measured: speed, memory, waiting for data, hours of the whole run.
 
-    eval_sets: what an evaluation runs over. prepared: seconds from the start to the first step,
-    which the real run spends once, too.
+    timed: [(an Epoch that was timed, how many epochs of the run are like it), ...]. eval_sets: what
+    an evaluation runs over. prepared: seconds from the start to the first step, which the real run
+    spends once, too.
     """
-    timed, steps = DRY_RUN_STEPS - 5, len(books.loader)
-    seconds = time.perf_counter() - books.timed_from
-    waited = sum(books.step_waits)
+    books, images = timed[0][0], len(timed[0][0].loader.dataset)
+    steps, device = len(books.loader), books.device
 
     def evaluation(model):
         return sum(seconds_on(model, val_loader(dataset, args)) for dataset in eval_sets)
@@ -729,20 +759,23 @@ def report_dry_run(args, books, student, teacher, eval_sets, autocast, prepared)
     def seconds_on(model, loader):  # of a whole pass, from the first few batches
         few, marks = min(9, len(loader)), [time.perf_counter()]
         for batches in (1, few):
-            evaluate(model, loader, books.device, autocast, batches)
+            evaluate(model, loader, device, autocast, batches)
             marks.append(time.perf_counter())
         first, rest = marks[1] - marks[0], marks[2] - marks[1]
         return first + max(0, rest - first) / max(1, few - 1) * (len(loader) - 1)
 
-    whole = prepared + args.epochs * steps * seconds / timed + (evaluation(teacher) if teacher
-            else 0) + math.ceil(args.epochs / args.eval_every) * evaluation(student)
-    memory, waited, whole = all_reduce([peak_memory_gb(books.device), waited / seconds, whole],
-                                       books.device, dist.ReduceOp.MAX)
-    speed = len(books.loader.dataset) / steps * timed / seconds
-    say(f"dry run: {speed:.1f} images/s, peak memory {memory:.2f} GiB a process, "
-        f"{100 * waited:.0f} % of the time waiting for data")
+    whole = prepared + (evaluation(teacher) if teacher else 0) + math.ceil(
+        args.epochs / args.eval_every) * evaluation(student)
+    for books, epochs in timed:
+        step = books.timed_seconds / (DRY_RUN_STEPS - 5)
+        whole += epochs * steps * step
+        waited, = all_reduce([sum(books.step_waits) / books.timed_seconds], device,
+                             dist.ReduceOp.MAX)
+        say(f"dry run, {epochs} epochs: {images / steps / step:.1f} images/s, {100 * waited:.0f} % "
+            f"of the time waiting for data")
+    memory, whole = all_reduce([peak_memory_gb(device), whole], device, dist.ReduceOp.MAX)
     say(f"the whole run, {args.epochs} epochs of {steps} steps: {whole / 3600:.3g} hours "
-        f"({duration(whole)})")
+        f"({duration(whole)}), peak memory {memory:.2f} GiB a process")
 
 
 # ------------------------------------------------------------------ the command line
@@ -798,6 +831,7 @@ def data_flags(image_size=224, note=""):
     return [
         ("--data", "data/imagenet", "folder of {train,val}/CLASS/*, or cifar10, cifar100, shapes"),
         ("--data-root", "data", "where cifar10 and cifar100 are downloaded to"),
+        ("--val", str, "other validation images: a folder of CLASS/* (default: val/ of --data)"),
         ("--data-fraction", 1.0, "part of each class's training images to use; they are nested",
          "(0, 1]"),
         ("--image-size", image_size, f"pixels a side{note}", "[1, inf)"),

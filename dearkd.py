@@ -31,22 +31,27 @@ import contextlib
 import copy
 import difflib
 import functools
+import json
 import math
 import pickle
 import re
 import sys
 import tempfile
 import time
+import types
+import zlib
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch import distributed as dist
 from torch import nn
 from torch.fx.passes.shape_prop import ShapeProp
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from torchvision import models
+from torchvision.datasets import ImageFolder
 from torchvision.datasets.folder import default_loader
 from torchvision.models.feature_extraction import (
     create_feature_extractor,
@@ -55,6 +60,7 @@ from torchvision.models.feature_extraction import (
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
+from tqdm import tqdm
 
 import common
 
@@ -135,6 +141,26 @@ def hint_loss(student_map, teacher_map):
     else:
         teacher_map = F.interpolate(teacher_map, size, mode="bilinear")
     return F.mse_loss(student_map.float(), teacher_map)
+
+
+def intra_divergence_loss(features, labels):
+    """L_bp of DF-DearKD: spreads the images of a class without moving the class's boundary.
+
+    Features (B, D), L2-normalised here, labels (B,). Among its class-mates image i has an easiest
+    positive e, the nearest, which is pushed away up to where the hardest one h is, the farthest,
+    which stays (d: Euclidean distance; its gradient does not vanish between near-copies, as that
+    of 1 - cosine does):  L_bp = mean_i max(0, stopgrad(d_ih) - d_ie).
+    Images with fewer than two class-mates contribute nothing.
+    """
+    f = F.normalize(features, dim=1)
+    mates = (labels[:, None] == labels).fill_diagonal_(False)               # (B, B)
+    with torch.no_grad():
+        d = torch.cdist(f, f, compute_mode="donot_use_mm_for_euclid_dist")  # exact for near-copies
+        d_h = d.masked_fill(~mates, -math.inf).amax(1)                      # (B,)
+        e = d.masked_fill(~mates, math.inf).argmin(1)                       # (B,)
+    d_e = (f - f[e]).norm(dim=1)                                            # (B,)
+    enough = mates.sum(1) >= 2                                              # (B,)
+    return ((d_h - d_e).clamp(min=0) * enough).sum() / enough.sum().clamp(min=1)
 
 
 # ------------------------------------------------------------------ the ViT
@@ -311,10 +337,9 @@ class CifarResNet(nn.Module):
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = nn.Sequential(*(CifarBlock(16, 16, 1) for _ in range(blocks)))
-        self.layer2 = nn.Sequential(*(CifarBlock(16 if i == 0 else 32, 32, 2 if i == 0 else 1)
-                                      for i in range(blocks)))
-        self.layer3 = nn.Sequential(*(CifarBlock(32 if i == 0 else 64, 64, 2 if i == 0 else 1)
-                                      for i in range(blocks)))
+        self.layer2, self.layer3 = (nn.Sequential(
+            CifarBlock(C // 2, C, 2), *(CifarBlock(C, C, 1) for _ in range(blocks - 1)))
+            for C in (32, 64))
         self.linear = nn.Linear(64, num_classes)
 
     def forward(self, x):
@@ -385,6 +410,7 @@ class Teacher(nn.Module):
                        for node in stages.values()]  # (name, channels, height)
         output = nodes[-1]
         logits, = output.args[0].values()
+        self.num_classes = logits.meta["tensor_meta"].shape[1]
         output.args = ((list(stages.values()), logits),)
         self.cnn.recompile()
 
@@ -407,7 +433,7 @@ def load_teacher(name, weights=None, num_classes=1000):
     released ones, downloaded; cifar_resnet20, 32, 44, 56 (file only); or the path of a student.pth
     that --train-teacher wrote. Images are brought to the size and normalisation of its training.
     Raises common.Abort: unknown name, weights missing, damaged or of another model, a head that
-    has not `num_classes` classes.
+    has not `num_classes` classes (None: any number).
     """
     size, mean, std = 224, common.MEAN, common.STD
     if Path(name).is_file():
@@ -439,14 +465,14 @@ def load_teacher(name, weights=None, num_classes=1000):
                     str(k).removeprefix("module.")): v for k, v in state.items()
              if not str(k).startswith(("aux", "AuxLogits"))}
     bias = [v for k, v in state.items() if k.endswith("bias") and getattr(v, "ndim", 0) == 1]
-    classes = len(bias[-1]) if bias else num_classes
+    classes = len(bias[-1]) if bias else num_classes or 1000
     cnn = make_cnn(cnn_name, classes)
     state = {**{k: v for k, v in cnn.state_dict().items() if k.endswith("num_batches_tracked")},
              **state}  # old files lack BatchNorm's counter, which nothing here reads
     problems = mismatches(state, cnn)
     if problems:
         raise common.Abort(f"{source} does not hold a {cnn_name}: {'; '.join(problems)}")
-    if classes != num_classes:
+    if num_classes not in (None, classes):
         raise common.Abort(f"the teacher in {source} has {classes} classes, the data {num_classes}")
     broken = [k for k, v in state.items() if not v.isfinite().all()]
     if broken:
@@ -534,7 +560,7 @@ def train(args, device):
         arch = {"cnn": args.train_teacher, "image_size": args.image_size,
                 "num_classes": num_classes}
         student = make_cnn(args.train_teacher, num_classes)
-        check_image_size(student, args)
+        check_image_size(student, args.train_teacher, min(2, args.micro_batch), args.image_size)
     else:
         dim, depth, num_heads = SIZES[args.student]
         arch = {"image_size": args.image_size, "patch_size": args.patch_size, "dim": dim,
@@ -579,7 +605,10 @@ def train(args, device):
             teacher.features = torch.compile(teacher.features, dynamic=False)
     prepared, began, record = time.perf_counter() - started, time.perf_counter(), None
 
-    for epoch in range(first_epoch, args.epochs):
+    epochs, timed = range(first_epoch, args.epochs), []
+    if args.dry_run:  # one epoch of each stage
+        epochs = sorted({0, args.stage1_epochs if teacher else 0} - {args.epochs})
+    for epoch in epochs:
         stage = 1 if teacher and epoch < args.stage1_epochs else 2
         if epoch in (first_epoch, args.stage1_epochs):  # in stage 2 the aligners are out of it
             aligners.requires_grad_(stage == 1)
@@ -608,9 +637,11 @@ def train(args, device):
             if ema:
                 ema.update_parameters(student)
         if args.dry_run:
-            if teacher and args.stage1_epochs < args.epochs:
-                common.say("all epochs are counted as stage 1's; stage 2 runs without the teacher")
-            return common.report_dry_run(args, books, trained, teacher, [val_set],
+            until = args.stage1_epochs if stage == 1 else args.epochs
+            timed.append((books, until - epoch))
+            if until < args.epochs:
+                continue
+            return common.report_dry_run(args, timed, trained, teacher, [val_set],
                                          autocast, prepared)
 
         record = {**books.record(), **({"stage": stage} if teacher else {}), "lr": lr}
@@ -646,14 +677,13 @@ def train(args, device):
     return record
 
 
-def check_image_size(cnn, args):
-    """Raise common.Abort where the CNN cannot take images of this size, or so few at once."""
-    few = torch.zeros(min(2, args.micro_batch), 3, args.image_size, args.image_size)
+def check_image_size(cnn, name, count, size):
+    """Raise common.Abort where the CNN cannot take `count` images of this size at once."""
     try:
-        copy.deepcopy(cnn)(few)
+        copy.deepcopy(cnn).cpu()(torch.zeros(count, 3, size, size))
     except (RuntimeError, ValueError) as error:
-        raise common.Abort(f"{args.train_teacher} cannot take {len(few)} images of "
-                           f"{args.image_size} px at once: {str(error).splitlines()[0]}")
+        raise common.Abort(f"{name} cannot take {count} images of {size} px at once: "
+                           f"{str(error).splitlines()[0]}")
 
 
 def parse_hints(text, depth, stages):
@@ -688,6 +718,374 @@ def check_teacher(teacher, hints, val_batches, device, autocast, args):
                    f"{channels} x {size} x {size} ({name})")
 
 
+def load_student(path):
+    """The frozen ViT of a student.pth, in eval mode; raises common.Abort if it holds none."""
+    checkpoint = common.load_checkpoint(path)
+    arch = checkpoint.get("arch") if isinstance(checkpoint, dict) else None
+    if not isinstance(arch, dict) or "mhca_blocks" not in arch:
+        raise common.Abort(f"{path} is no student of dearkd.py")
+    try:
+        model = ViT(**arch)
+        model.load_state_dict(checkpoint["model"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise common.Abort(f"{path} does not hold the ViT that it describes: "
+                           f"{' '.join(str(error).split())[:300]}")
+    return model.requires_grad_(False).eval()
+
+
+# ------------------------------------------------------------------ no real images: DF-DearKD
+
+
+def total_variation(x):
+    """Sum of the L2 norms, over the batch, of the differences of neighbours: right, down and both
+    diagonals. x (B, 3, S, S)."""
+    return sum((a - b).norm() for a, b in (
+        (x[..., :, 1:], x[..., :, :-1]), (x[..., 1:, :], x[..., :-1, :]),
+        (x[..., 1:, 1:], x[..., :-1, :-1]), (x[..., 1:, :-1], x[..., :-1, 1:])))
+
+
+def competition_loss(teacher_logits, student_logits):
+    """1 - JS(teacher, student), both at temperature 3 (arXiv 1912.08795, eq. 7 and 8): small where
+    they disagree. Logits (B, C); the mean over the batch."""
+    p, q = ((logits / 3).log_softmax(1) for logits in (teacher_logits, student_logits))
+    m = torch.logaddexp(p, q) - math.log(2)                                 # log of their mean
+    return 1 - sum(F.kl_div(m, x, reduction="batchmean", log_target=True) for x in (p, q)) / 2
+
+
+def batch_norms(cnn):
+    layers = [layer for layer in cnn.modules() if isinstance(layer, nn.BatchNorm2d)]
+    if not layers:
+        raise common.Abort("a teacher without BatchNorm cannot be inverted: the running statistics "
+                           "are all that it remembers of its training images")
+    return layers
+
+
+@contextlib.contextmanager
+def watch(cnn):
+    """Within the `with`, a forward pass adds to .batch_norm of what is yielded, for each BatchNorm,
+    |mu_l(x) - mu_l| + |var_l(x) - var_l| (its input against its running statistics, norms over
+    channels, float32), and leaves the input (B, D) of the last Linear in .features."""
+    seen, hooks = types.SimpleNamespace(batch_norm=[], features=None), []
+
+    def batch_norm(layer, inputs):
+        x = inputs[0].permute(0, 2, 3, 1).flatten(0, 2).float()             # (B*h*w, C)
+        mean = x.mean(0)                                                    # (C,)
+        var = x.square().mean(0) - mean.square()  # on a CPU many times as fast as torch.var
+        seen.batch_norm.append((mean - layer.running_mean).norm()
+                               + (var - layer.running_var).norm())
+
+    def last_linear(layer, inputs):
+        seen.features = inputs[0].float()
+
+    try:
+        for layer in batch_norms(cnn):
+            hooks.append(layer.register_forward_pre_hook(batch_norm))
+        linear = [layer for layer in cnn.modules() if isinstance(layer, nn.Linear)]
+        hooks.append(linear[-1].register_forward_pre_hook(last_linear))
+        yield seen
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def synthesis_settings(image_size):
+    """Defaults: DeepInversion's, for CIFAR-10's size or, above 64 px, for ImageNet's; but tv, bn
+    and divergence at CIFAR-10's size are ours (tests/evidence/cifar10_dfdearkd.log)."""
+    if image_size <= 64:
+        return {"half_steps": 0, "steps": 2000, "image_lr": 0.1, "betas": [0.9, 0.999],
+                "tv": 2.5e-5, "l2": 0.0, "bn": 0.2, "divergence": 1.0, "jitter": 2}
+    return {"half_steps": 2000, "steps": 1000, "image_lr": 0.25, "betas": [0.5, 0.9],
+            "tv": 1e-4, "l2": 1e-5, "bn": 0.01, "divergence": 1.0,
+            "jitter": round(30 * image_size / 224)}
+
+
+def synthesize(teacher, labels, image_size, seed=0, competitor=None, competition=1.0,
+               autocast=contextlib.nullcontext, report=None, **settings):
+    """Images (B, 3, S, S) of the classes `labels` (B,), made from the teacher's weights alone and
+    normalised as its forward() expects them, on the device of the labels; S = image_size.
+
+    From noise, Adam minimises  CE + tv TV + l2 mean_i |x_i| + bn sum_l w_l(...) + divergence L_bp
+    first with the image average-pooled by 2, for half_steps, then at full size, there with
+    + competition * competition_loss against a student if there is a `competitor`. Each step sees
+    the images rolled by up to `jitter` pixels and flipped. settings: see synthesis_settings().
+    report(step, losses, images) is called after every step. The teacher is not changed.
+    Raises common.Abort if it has no BatchNorm, or if the images become NaN.
+    """
+    defaults = synthesis_settings(image_size)
+    if settings.keys() - defaults.keys():
+        raise TypeError(f"settings are {', '.join(defaults)}")
+    s = types.SimpleNamespace(**{**defaults, **settings})
+    generator = torch.Generator().manual_seed(seed)
+    mean, std = (torch.tensor(t, device=labels.device)[:, None, None]
+                 for t in (common.MEAN, common.STD))
+    black, white = -mean / std, (1 - mean) / std
+    images = torch.randn(len(labels), 3, image_size, image_size, generator=generator)
+    images = images.to(labels.device, memory_format=torch.channels_last).clamp(black, white)
+    images.requires_grad_()
+    with watch(teacher.cnn) as seen:
+        for pool, steps, before in ((2, s.half_steps, 0), (1, s.steps, s.half_steps)):
+            optimizer = torch.optim.Adam([images], s.image_lr, s.betas)
+            jitter = s.jitter // pool
+            for step in range(steps):
+                cosine = (1 + math.cos(math.pi * step / steps)) / 2
+                optimizer.param_groups[0]["lr"] = s.image_lr * cosine
+                roll = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
+                x = F.avg_pool2d(images, pool).roll(roll, (2, 3))
+                if torch.rand((), generator=generator) < 0.5:
+                    x = x.flip(3)
+                seen.batch_norm.clear()
+                with autocast():
+                    logits = teacher.cnn(x * teacher.scale + teacher.shift)[1].float()  # (B, C)
+                bn = 9 * seen.batch_norm[0] + sum(seen.batch_norm)  # w_0 = 10, the others 1
+                losses = {"ce": F.cross_entropy(logits, labels),
+                          "tv": s.tv * total_variation(x),
+                          "l2": s.l2 * x.flatten(1).norm(dim=1).mean(),
+                          "bn": s.bn * bn,
+                          "divergence": s.divergence * intra_divergence_loss(seen.features, labels)}
+                if competitor and pool == 1:
+                    with autocast():
+                        rival = competitor(x).float()                                   # (B, C)
+                    losses["competition"] = competition * competition_loss(logits, rival)
+                # with respect to the images alone: no gradient of the weights is computed
+                images.grad, = torch.autograd.grad(sum(losses.values()), images)
+                optimizer.step()
+                with torch.no_grad():
+                    images.clamp_(black, white)
+                if step % 100 == 0 and not images.isfinite().all():
+                    raise common.Abort("the images became NaN: try a lower --image-lr, or --amp "
+                                       "off", 1, alone=True)
+                if report:
+                    report(before + step, losses, images)
+    return images.detach()
+
+
+def plan_batches(num_classes, images_per_class, batch_size, seed):
+    """[(labels (B,), numbers (B,)), ...]: every image number of every class once; B <= batch_size,
+    which is 8 or more; no class with fewer than 4 images in a batch, unless that is all it has."""
+    numbers = torch.arange(images_per_class).tensor_split(max(1, images_per_class // 4))
+    generator = torch.Generator().manual_seed(seed)
+    groups = [(torch.full_like(part, label), part) for part in numbers  # each class in turn
+              for label in torch.randperm(num_classes, generator=generator).tolist()]
+    batches = math.ceil(len(groups) / (batch_size // min(batch_size, len(numbers[0]))))
+    return [tuple(torch.cat(column) for column in zip(*(groups[i] for i in batch)))
+            for batch in torch.arange(len(groups)).tensor_split(batches)]
+
+
+def class_names(cnn, num_classes):
+    """Folder names that sort in the order of the CNN's outputs: numbers, and the categories of
+    torchvision's weights where they are known."""
+    names = []
+    if not Path(cnn).is_file() and cnn not in CIFAR_RESNETS:
+        names = models.get_model_weights(cnn).DEFAULT.meta["categories"]
+    names, digits = names if len(names) == num_classes else num_classes * [""], len(
+        str(num_classes - 1))
+    return [f"{i:0{digits}d} {name}".strip().replace("/", " ") for i, name in enumerate(names)]
+
+
+@torch.no_grad()
+def figures(base, teacher, verifier, args, device, autocast):
+    """What the first 100 images of each class are like, by name: top-1 of teacher and verifier and
+    the teacher's probability of the right class, in percent; distance of class-mates in the
+    teacher's L2-normalised penultimate features, "diversity" (mean) and "nearest"."""
+    targets, S = torch.tensor(base.targets), args.image_size
+    chosen = torch.cat([(targets == c).nonzero()[:100, 0] for c in range(len(base.classes))])
+    workers = 0
+    if not isinstance(base, common.Shapes):  # no margin is cut off: images of S px stay as they are
+        workers, base = args.workers, common.Photos(base, v2.Compose([
+            v2.Resize(S, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(S),
+            *common.normalize()]))
+    sums, features, labels = collections.Counter(), [], []
+    with watch(teacher) as seen:
+        for images, target, _ in common.make_loader(Subset(base, chosen.tolist()), workers,
+                                                    batch_size=100):
+            if common.signalled():
+                common.stop(common.signalled(), "while judging images, which are all kept")
+            images, target = images.to(device), target.to(device)
+            with autocast():
+                p = teacher(images).float().softmax(1)                      # (B, C)
+                votes = verifier(images) if verifier else None              # (B, C)
+            sums["teacher_top1"] += (p.argmax(1) == target).sum().item()
+            sums["confidence"] += p.gather(1, target[:, None]).sum().item()
+            if verifier:
+                sums["verifier_top1"] += (votes.argmax(1) == target).sum().item()
+            features.append(F.normalize(seen.features, dim=1))
+            labels.append(target)
+            seen.batch_norm.clear()
+    result = {name: 100 * value / len(chosen) for name, value in sums.items()}
+    features, labels, mean, nearest = torch.cat(features), torch.cat(labels), [], []
+    for c in labels.unique():
+        f = features[labels == c]
+        if len(f) > 1:
+            mean.append(torch.pdist(f).mean().item())
+            d = torch.cdist(f, f, compute_mode="donot_use_mm_for_euclid_dist")
+            nearest.append(d.fill_diagonal_(math.inf).amin(1).mean().item())
+    if mean:
+        result |= {"diversity": sum(mean) / len(mean), "nearest": sum(nearest) / len(nearest)}
+    return result
+
+
+def say_figures(kind, result):
+    common.say(f"{kind} images: " + ", ".join(f"{k} {v:.3g}" for k, v in result.items()))
+
+
+def open_folder(out, record, dry_run):
+    """Make or check a folder of --synthesize; returns the content of its synthesis.json."""
+    file = out / "synthesis.json"
+    try:
+        if file.exists():
+            then = json.loads(file.read_text())
+            before, now = ({**r["settings"], "classes": r["classes"]} for r in (then, record))
+            changed = [f"{key} {str(before.get(key))[:40]} -> {str(now[key])[:40]}"
+                       for key in now if before.get(key) != now[key]]
+            if changed and any((out / "train").glob("*/*.png")):
+                raise common.Abort(f"{out} holds images of another synthesis ("
+                                   f"{', '.join(changed)}): take another folder")
+            record = record if changed else then
+        elif (out / "train").exists():
+            raise common.Abort(f"{out}/train is not of --synthesize, there is no {file}: take "
+                               f"another folder")
+        if not dry_run:
+            out.mkdir(parents=True, exist_ok=True)
+            write_json(file, record)
+            for name in record["classes"]:
+                (out / "train" / name).mkdir(parents=True, exist_ok=True)
+    except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
+        raise common.Abort(f"cannot use --synthesize {out}: {error!r}")
+    return record
+
+
+def write_json(path, record):
+    common.write_whole(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
+
+
+def write_png(path, image):
+    """Normalised (3, H, W) -> uint8 PNG."""
+    mean, std = (torch.tensor(t)[:, None, None] for t in (common.MEAN, common.STD))
+    image = image.detach().cpu() * std + mean
+    common.write_whole(path, lambda file: save_image(image, file, format="png"))
+
+
+def project_synthesis(args, teacher, competitor, batches, todo, settings, autocast):
+    """--dry-run: 20 steps of the first batch at either size; hours of what is left to do."""
+    few = {name: min(20, settings[name]) for name in ("half_steps", "steps")}
+    labels, marks, seconds = batches[0][0].to(teacher.scale.device), [], 0
+
+    def report(step, losses, images):
+        losses["ce"].item()  # waits for the device
+        marks.append(time.perf_counter())
+
+    synthesize(teacher, labels, args.image_size, 0, competitor, args.competition, autocast, report,
+               **{**settings, **few})
+    for name, part in (("half_steps", marks[:few["half_steps"]]),
+                       ("steps", marks[few["half_steps"]:])):
+        if len(part) > 5:  # the first five warm up
+            seconds += settings[name] * (part[-1] - part[4]) / (len(part) - 5)
+    memory, seconds = common.all_reduce([common.peak_memory_gb(labels.device), seconds],
+                                        labels.device, dist.ReduceOp.MAX)
+    hours = math.ceil(len(todo) / common.world_size()) * seconds / 3600
+    common.say(f"dry run: {seconds / len(labels):.3g} s an image and process, peak memory "
+               f"{memory:.2f} GiB; {len(todo)} of {len(batches)} batches are left, {hours:.3g} "
+               f"hours")
+
+
+def fill_folder(args, device):
+    """--synthesize: makes DIR/train/CLASS/NUMBER.png, DIR/preview.png, DIR/synthesis.json.
+
+    Batches depend on nothing but the seed and their number. They are shared out among processes,
+    and a restart skips those whose files are all there. Returns synthesis.json's content."""
+    autocast, _ = common.set_precision(args, device)
+    if args.amp == "fp16":
+        raise common.Abort("--synthesize: gradients of pixels underflow in fp16: take --amp bf16 "
+                           "or off")
+    teacher = common.rank_zero_first(lambda: load_teacher(
+        args.teacher, args.teacher_weights, None)).to(device, memory_format=torch.channels_last)
+    num_classes, settings = teacher.num_classes, synthesis_settings(args.image_size)
+    settings |= {k: getattr(args, k) for k in settings if getattr(args, k, None) is not None}
+    batch_norms(teacher)
+    for size in (args.image_size, *([args.image_size // 2] if settings["half_steps"] else [])):
+        check_image_size(teacher.cnn, args.teacher, 2, size)
+    if args.image_size != teacher.image_size:
+        common.warn(f"{args.teacher} was trained at {teacher.image_size} px, --image-size is "
+                    f"{args.image_size}")
+    verifier = args.verifier and common.rank_zero_first(lambda: load_teacher(
+        args.verifier, args.verifier_weights, num_classes)).to(device)
+    competitor = args.competitor and common.rank_zero_first(
+        lambda: load_student(args.competitor)).to(device)
+    if competitor and (competitor.image_size, competitor.head.out_features) != (
+            args.image_size, num_classes):
+        raise common.Abort(f"--competitor {args.competitor} must be for {args.image_size} px and "
+                           f"{num_classes} classes")
+    real, names, source = None, class_names(args.teacher, num_classes), args.val or args.data
+    if source:
+        real = common.rank_zero_first(lambda: common.read_split(source, "val", args))
+        names = real.classes
+    if len(names) != num_classes:
+        raise common.Abort(f"the teacher has {num_classes} classes, {source} {len(names)}")
+
+    out = Path(args.synthesize)
+    weights = b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())
+    record = common.on_rank_zero(lambda: open_folder(out, {
+        "settings": {**settings, "weights": zlib.crc32(weights), **{k: getattr(args, k) for k in (
+            "amp", "image_size", "images_per_class", "images_per_batch", "competitor",
+            "competition", "seed")}}, "classes": names}, args.dry_run))
+    batches = plan_batches(num_classes, args.images_per_class, args.images_per_batch, args.seed)
+    files = [[out / "train" / names[c] / f"{n:05d}.png" for c, n in zip(*batch)]
+             for batch in batches]
+    todo = common.on_rank_zero(lambda: [
+        i for i, batch in enumerate(files) if not all(file.exists() for file in batch)])
+    if len(todo) < len(batches):
+        common.say(f"{len(batches) - len(todo)} of {len(batches)} batches are there already")
+    if args.dry_run:
+        return project_synthesis(args, teacher, competitor, batches, todo, settings, autocast)
+    if real and common.rank() == 0:
+        record["real"] = figures(real, teacher, verifier, args, device, autocast)
+        say_figures("real", record["real"])
+        if record["real"]["teacher_top1"] < 200 / num_classes:
+            common.warn(f"that is near chance: do {source}'s class folders sort in the order of "
+                        f"the teacher's outputs?")
+
+    mine, done = todo[common.rank()::common.world_size()], 0
+    steps, started = settings["half_steps"] + settings["steps"], time.perf_counter()
+    bar = tqdm(total=len(mine) * steps, leave=False, desc="synthesis",
+               disable=None if common.rank() == 0 else True)
+
+    def report(step, losses, images):
+        if not bar.disable and step % 10 == 0:
+            bar.set_postfix({name: f"{loss.item():.3g}" for name, loss in losses.items()})
+        bar.update()
+        if common.rank() == 0 and (step + 1) % args.preview_every == 0:
+            write_png(out / "preview.png", make_grid(images[:64], 8, 1))
+        if common.signalled() and step + 1 < steps:
+            common.stop(common.signalled(), f"in batch {done + 1} of {len(mine)}; finished ones "
+                        f"are kept, the same command goes on")
+
+    common.hold_signals()
+    try:
+        with bar:
+            for done, i in enumerate(mine):
+                images = synthesize(teacher, batches[i][0].to(device), args.image_size,
+                                    common.mix_seed(args.seed, i), competitor, args.competition,
+                                    autocast, report, **settings)
+                for file, image in zip(files[i], images):
+                    write_png(file, image)
+                seconds = (time.perf_counter() - started) / (done + 1)
+                common.say(f"batch {done + 1}/{len(mine)}: {len(images) / seconds:.3g} images/s, "
+                           f"{common.duration(seconds * (len(mine) - done - 1))} left")
+    except OSError as error:
+        raise common.Abort(f"cannot write the images: {error}", 1, alone=True)
+    common.all_reduce([0], device)  # all are done
+    if common.rank() == 0:
+        record["images"] = sum(len(batch) for batch in files)
+        if todo:
+            made = sum(len(files[i]) for i in todo)
+            record["images_per_second"] = made / (time.perf_counter() - started)
+        record["synthetic"] = figures(ImageFolder(out / "train"), teacher, verifier, args, device,
+                                      autocast)
+        say_figures("synthetic", record["synthetic"])
+        write_json(out / "synthesis.json", record)
+    return record
+
+
 # ------------------------------------------------------------------ pictures
 
 
@@ -697,21 +1095,13 @@ def visualize(args):
     images; the full width is the longest distance on the grid."""
     if not args.weights:
         raise common.Abort("--visualize needs the student: --weights out/.../student.pth")
-    checkpoint = common.load_checkpoint(args.weights)
-    if not isinstance(checkpoint, dict) or "mhca_blocks" not in checkpoint.get("arch", {}):
-        raise common.Abort(f"{args.weights} is no student of dearkd.py")
-    try:
-        model = ViT(**checkpoint["arch"])
-        model.load_state_dict(checkpoint["model"])
-    except (KeyError, TypeError, RuntimeError) as error:
-        raise common.Abort(f"{args.weights} does not hold the ViT that it describes: "
-                           f"{' '.join(str(error).split())[:300]}")
+    model = load_student(args.weights)
     transform = common.val_transform(model.image_size)
     try:
         images = torch.stack([transform(default_loader(path)) for path in args.visualize])
     except Exception as error:  # noqa: BLE001 - decoders raise whatever they like
         raise common.Abort(f"cannot read the images: {error}")
-    distance = attention_distance(model.eval(), images)                     # (depth, H)
+    distance = attention_distance(model, images)                            # (depth, H)
     longest, width, tiles = math.sqrt(2) * (model.grid_size - 1), 240, []
     for block, heads in enumerate(distance.tolist()):
         tile = torch.zeros(3, 16 + 12 * len(heads), width, dtype=torch.uint8)
@@ -771,6 +1161,25 @@ def parse_args():
          "[0, 1)")],
         "Peak learning rate: 1e-3 for batches of 1024, in proportion for others.\n"
         "Warm-up: 20 epochs, or a tenth of --epochs where that is less.")
+    parser.add_flags("no real images (DF-DearKD)", [
+        ("--synthesize", str, "fill the folder with images made from the teacher; don't train"),
+        ("--images-per-class", int, "how many of them, of each class", "[1, inf)"),
+        ("--images-per-batch", 128, "made together: statistics and L_bp are theirs", "[8, inf)"),
+        ("--divergence", float, "weight of L_bp, 0: plain DeepInversion (default: 1)", "[0, inf)"),
+        ("--competitor", str, "student.pth to compete with, Adaptive DeepInversion's term"),
+        ("--competition", 1.0, "weight of that term", "[0, inf)"),
+        ("--half-steps", int, "steps at half size (default: 2000; up to 64 px: 0)", "[0, inf)"),
+        ("--steps", int, "steps at full size (default: 1000; up to 64 px: 2000)", "[0, inf)"),
+        ("--image-lr", float, "Adam's (default: 0.25; up to 64 px: 0.1)", "(0, inf)"),
+        ("--tv", float, "weight of total variation (default: 1e-4; 2.5e-5)", "[0, inf)"),
+        ("--l2", float, "weight of the images' norm (default: 1e-5; 0)", "[0, inf)"),
+        ("--bn", float, "weight of BatchNorm's statistics (default: 0.01; 0.2)", "[0, inf)"),
+        ("--verifier", str, "another CNN that judges the images; as --teacher"),
+        ("--verifier-weights", str, "file of its weights"),
+        ("--preview-every", 100, "steps between pictures, DIR/preview.png", "[1, inf)"),
+        ("--demo-data-free", False, "synthesis and training on it in minutes, nothing needed")],
+        "Then train on them: --data DIR --val REAL/val. A restart of the same command goes on.\n"
+        "Class folders are named as in --val or --data if given, whose images are also measured.")
     common.run_flags(parser)
     group = parser.add_flags("pictures", [
         ("--weights", str, "the student.pth whose attention distance is drawn")],
@@ -783,12 +1192,20 @@ def parse_args():
         parser.error("--weights goes with --visualize")
     if args.visualize:
         return args
+    if args.teacher_weights and (args.teacher == "none" or Path(args.teacher).is_file()):
+        parser.error(f"--teacher-weights goes with a teacher's name, not with {args.teacher}")
+    if args.verifier_weights and (not args.verifier or Path(args.verifier).is_file()):
+        parser.error("--verifier-weights goes with a --verifier's name")
+    if args.synthesize:
+        if args.teacher == "none" or not args.images_per_class:
+            parser.error("--synthesize goes with a --teacher and with --images-per-class")
+        if args.data == parser.get_default("data"):
+            args.data = None  # only what was asked for
+        return args
     if args.student not in SIZES:
         parser.error(f"no student {args.student}: take {', '.join(SIZES)}")
     if args.train_teacher:
         args.teacher, args.patch_size = "none", 1  # a CNN has no patches
-    if args.teacher_weights and (args.teacher == "none" or Path(args.teacher).is_file()):
-        parser.error(f"--teacher-weights goes with a teacher's name, not with {args.teacher}")
     depth = SIZES[args.student][1]
     if args.mhca_blocks > depth:
         parser.error(f"--mhca-blocks {args.mhca_blocks}: {args.student} has {depth} blocks")
@@ -812,31 +1229,43 @@ def parse_args():
 
 
 def demo(args, device):
-    """CNN teacher, student alone, with its logits, with DearKD, on shapes: the same seed."""
+    """On shapes, the same seed for all: a CNN teacher, the student alone, with its logits, with
+    DearKD. Or, data-free, students that see only images made from the CNN: noise that is labelled,
+    plain DeepInversion's, DF-DearKD's; tested on real shapes."""
     if common.world_size() > 1:
-        raise common.Abort("--demo is for a single process")
+        raise common.Abort("a demo is for a single process")
     args.data, args.image_size, args.patch_size, args.batch_size = "shapes", 32, 4, 50
-    args.student, args.lr, args.eval_every = "micro", 1e-3, 10**9
-    args.dry_run, args.resume = False, None
+    args.student, args.lr, args.eval_every, args.teacher_weights = "micro", 1e-3, 10**9, None
+    args.dry_run, args.resume, args.verifier, args.competitor = False, None, None, None
     args.mixup = args.cutmix = args.label_smoothing = args.ema = args.drop_path = 0.0
-    args.train_teacher = None
-    mhca_blocks, hints, table = args.mhca_blocks, args.hints, []
+    args.rand_augment, args.random_erasing, args.crop_scale = 0, 0.0, 0.5
+    args.preview_every, args.images_per_class, args.images_per_batch = 10**9, 48, 160
+    args.train_teacher, mhca_blocks, hints, table = None, args.mhca_blocks, args.hints, []
     with tempfile.TemporaryDirectory() as folder:
-        cnn = f"{folder}/CNN/student.pth"
-        for name, teacher, epochs, changes in (
-                ("CNN", "none", 5, {"train_teacher": "cifar_resnet20"}),
-                ("alone", "none", 8, {"mhca_blocks": 0}),
-                ("logits only", cnn, 8, {"mhca_blocks": 0, "hints": "none"}),
-                ("DearKD", cnn, 8, {"mhca_blocks": mhca_blocks, "hints": hints})):
-            run = copy.copy(args)
-            run.out, run.teacher, run.epochs = f"{folder}/{name}", teacher, epochs
-            run.warmup_epochs, run.stage1_epochs = epochs / 10, round(epochs * 5 / 6)
-            vars(run).update(changes)
+        rows = [("alone", 8, {"mhca_blocks": 0, "teacher": "none"}),
+                ("logits only", 8, {"mhca_blocks": 0, "hints": "none"}),
+                ("DearKD", 8, {"mhca_blocks": mhca_blocks, "hints": hints})]
+        if args.demo_data_free:
+            rows = [("noise", 40, {"steps": 0}),
+                    ("DeepInversion", 40, {"steps": 200, "divergence": 0.0}),
+                    ("DF-DearKD", 40, {"steps": 200})]
+        for name, epochs, changes in [
+                ("CNN", 5, {"train_teacher": "cifar_resnet20", "teacher": "none"}), *rows]:
             common.say(f"--- {name}, {epochs} epochs")
-            started = time.perf_counter()
+            run, started, images = copy.copy(args), time.perf_counter(), ""
+            run.out, run.teacher = f"{folder}/{name}", f"{folder}/CNN/student.pth"
+            run.epochs, run.warmup_epochs = epochs, epochs / 10
+            run.stage1_epochs = round(epochs * 5 / 6)
+            vars(run).update(changes)
+            if "steps" in changes:
+                run.synthesize, run.data = f"{folder}/images of {name}", None
+                made = fill_folder(run, device)["synthetic"]
+                images = f"diversity of images {made['diversity']:.2f}, "
+                run.data, run.val = run.synthesize, "shapes"
             top1 = train(run, device)["top1"]
             name = name if name == "CNN" else f"student, {name}"
-            table.append(f"{name:20s} top-1 {top1:5.1f} %  {time.perf_counter() - started:4.0f} s")
+            table.append(f"{name:24s}{images}top-1 {top1:5.1f} %  "
+                         f"{time.perf_counter() - started:4.0f} s")
     common.say("\n" + "\n".join(table))
 
 
@@ -845,8 +1274,10 @@ def main():
     if args.visualize:
         return visualize(args)
     device = common.init_processes()
-    if args.demo:
+    if args.demo or args.demo_data_free:
         return demo(args, device)
+    if args.synthesize:
+        return fill_folder(args, device)
     train(args, device)
 
 

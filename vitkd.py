@@ -473,7 +473,7 @@ def train(args, device):
             if ema:
                 ema.update_parameters(student)
         if args.dry_run:
-            return common.report_dry_run(args, books, trained, teacher, [val_set],
+            return common.report_dry_run(args, [(books, args.epochs)], trained, teacher, [val_set],
                                          autocast, prepared)
 
         record = {**books.record(), "lr": lr}

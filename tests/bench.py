@@ -1,6 +1,6 @@
 """The speed table: ours against the plain version of the same computation, in alternating rounds.
 
-    python tests/bench.py [vitkd] [attndistill] [knn]   # prints Markdown; evidence/bench_cpu.md
+    python tests/bench.py [vitkd] [attndistill] [knn] [inversion]   # prints Markdown
 
 vitkd: steps (student alone; student, teacher, ViTKD and NKD) in three precisions:
     plain    float32, attention by torch's fused CPU kernel
@@ -14,10 +14,14 @@ attndistill: steps of ViT-S/16 <- ViT-B/16, 224 px:
 knn: votes of 50,000 training for 10,000 test features of width 384, 1000 classes, in all four ks:
     plain    one pass for each k: 100 chunks of test features, one-hot votes, all classes sorted
     ours     eval_knn.knn_predict
+inversion: DeepInversion steps of cifar_resnet56, 32 px, batch 256:
+    plain    float32, contiguous, gradients of the CNN's parameters, too, statistics by torch.var
+    ours     dearkd.synthesize in bf16 autocast, channels_last
 """
 
 import argparse
 import functools
+import math
 import platform
 import statistics
 import sys
@@ -31,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import attndistill
 import common
+import dearkd
 import eval_knn
 import vitkd
 
@@ -201,11 +206,68 @@ def bench_knn(N=50_000, N_test=10_000, D=384, C=1000):
           + f" | {ratio(seconds, 'plain')} |", flush=True)
 
 
+def bench_inversion(batch_size=256, steps=2):
+    torch.manual_seed(0)
+    cnn = dearkd.make_cnn("cifar_resnet56", 10)
+    teacher = dearkd.Teacher(cnn, 32)  # its parameters ask for gradients
+    ours = dearkd.Teacher(dearkd.make_cnn("cifar_resnet56", 10), 32).requires_grad_(False)
+    ours.load_state_dict(teacher.state_dict())
+    ours.to(memory_format=torch.channels_last)
+    labels, found = torch.arange(batch_size) % 10, {}
+    settings = {**dearkd.synthesis_settings(32), "steps": steps, "divergence": 0.0}
+
+    def plain():
+        generator, terms = torch.Generator().manual_seed(0), []
+        images = torch.randn(batch_size, 3, 32, 32, generator=generator)
+        black = -torch.tensor(common.MEAN)[:, None, None] / torch.tensor(common.STD)[:, None, None]
+        white = black + 1 / torch.tensor(common.STD)[:, None, None]
+        images = images.clamp(black, white).requires_grad_()
+        optimizer = torch.optim.Adam([images], settings["image_lr"], settings["betas"])
+
+        def hook(layer, inputs, output):
+            x = inputs[0]
+            rows = x.transpose(0, 1).reshape(x.shape[1], -1)
+            terms.append((x.mean((0, 2, 3)) - layer.running_mean).norm()
+                         + (rows.var(1, correction=0) - layer.running_var).norm())
+
+        hooks = [layer.register_forward_hook(hook) for layer in dearkd.batch_norms(teacher)]
+        for step in range(steps):
+            terms.clear()
+            optimizer.param_groups[0]["lr"] = settings["image_lr"] * (
+                1 + math.cos(math.pi * step / steps)) / 2
+            x = images.roll(torch.randint(-2, 3, (2,), generator=generator).tolist(), (2, 3))
+            x = x.flip(3) if torch.rand((), generator=generator) < 0.5 else x
+            loss = (F.cross_entropy(teacher(x), labels) + settings["tv"] * dearkd.total_variation(x)
+                    + settings["bn"] * (sum(terms) + 9 * terms[0]))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            images.data.clamp_(black, white)
+        for hook in hooks:
+            hook.remove()
+        teacher.zero_grad()
+        found["plain"] = loss.item()
+
+    def fast(amp="bf16"):
+        dearkd.synthesize(ours, labels, 32, autocast=precision(amp),
+                          report=lambda _, losses, images: found.update(
+                              ours=sum(losses.values()).item()), **settings)
+
+    plain()
+    fast("off")  # the same computation
+    assert abs(found["ours"] - found["plain"]) < 1e-3 * found["plain"], found
+    seconds = alternate({"plain": plain, "ours": fast}, repeat=1)
+    print("| DeepInversion step | images/s plain | ours | ours / plain |\n|---|---|---|---|\n"
+          f"| cifar_resnet56, 32 px, batch {batch_size} | {per_second(seconds, steps * batch_size)}"
+          f" | {ratio(seconds, 'plain')} |", flush=True)
+
+
 def main():
     print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch "
           f"{torch.__version__}, {time.strftime('%Y-%m-%d')}; alternating rounds, median "
           f"(ratios: smallest to largest of a round)\n")
-    benches = {"vitkd": bench_vitkd, "attndistill": bench_attndistill, "knn": bench_knn}
+    benches = {"vitkd": bench_vitkd, "attndistill": bench_attndistill, "knn": bench_knn,
+               "inversion": bench_inversion}
     for name in sys.argv[1:] or benches:
         benches[name]()
         print(flush=True)

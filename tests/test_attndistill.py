@@ -663,7 +663,7 @@ def test_dry_run_writes_nothing(teacher, tmp_path):
     for data in (teacher[0], "shapes"):
         out, _ = run("attndistill.py", *SMALL, "--data", data, "--teacher", teacher[1],
                      "--dry-run", "--epochs", 30, "--out", tmp_path / "run")
-        assert "images/s, peak memory" in out and "30 epochs of" in out
+        assert "dry run, 30 epochs: " in out and "30 epochs of" in out
         assert not (tmp_path / "run").exists()
 
 

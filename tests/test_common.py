@@ -23,7 +23,8 @@ def settings(**changes):
     values = {"data": "shapes", "data_root": "data", "data_fraction": 1.0, "image_size": 16,
               "patch_size": 4, "batch_size": 16, "micro_batch": 16, "workers": 0, "seed": 0,
               "epochs": 4, "lr": 1.0, "min_lr": 0.1, "warmup_epochs": 1, "clip_grad": 0.0,
-              "eval_every": 1, "dry_run": False, "amp": "off", "out": "out", "resume": None}
+              "eval_every": 1, "dry_run": False, "amp": "off", "out": "out", "resume": None,
+              "val": None}
     return argparse.Namespace(**{**values, **changes})
 
 
@@ -197,7 +198,7 @@ def test_signals_are_not_swallowed_by_error_handlers(monkeypatch):
     def interrupted(*_, **__):
         common._receive(15, None)
 
-    monkeypatch.setattr(common, "_training", False)
+    monkeypatch.setattr(common, "_held", False)
     monkeypatch.setattr(common, "_signal", 0)
     monkeypatch.setattr(torch, "load", interrupted)
     for read in (lambda: common.load_checkpoint("x.pth"),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import zipfile
 
 import numpy as np
@@ -557,6 +558,20 @@ def test_two_processes_train_like_one(teacher, tmp_path):
         assert (a[key] - b[key]).norm() <= 0.03 * moved + 1e-6, key
     for one, two in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / "two")):
         assert one["ce"] == pytest.approx(two["ce"], rel=1e-3)
+
+
+def test_dry_run_times_both_stages(teacher, tmp_path):
+    flags = [*SMALL, "--data", teacher[0], "--teacher", teacher[1], "--dry-run", "--epochs", 30,
+             "--eval-every", 30, "--out", tmp_path / "run"]
+    out, _ = run("dearkd.py", *flags, "--stage1-epochs", 20)
+    speeds = dict(re.findall(r"dry run, (\d+) epochs: ([\d.]+) images/s", out))
+    assert speeds.keys() == {"20", "10"}
+    assert float(speeds["10"]) > float(speeds["20"])  # the teacher is gone
+    training = 192 * (20 / float(speeds["20"]) + 10 / float(speeds["10"]))
+    projected = 3600 * float(re.search(r"([\d.e-]+) hours", out).group(1))
+    assert training < projected < training + 60
+    out, _ = run("dearkd.py", *flags, "--stage1-epochs", 30)
+    assert out.count("dry run, 30 epochs:") == 1 and not (tmp_path / "run").exists()
 
 
 def test_wrong_flags_are_one_line(teacher, tmp_path, capsys, monkeypatch):
