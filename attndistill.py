@@ -294,10 +294,7 @@ def load_teacher(name, weights=None, image_size=224):
         if is_moco:  # its ViT-S has twelve heads, which no shape tells
             arch["num_heads"] = max(12, arch["num_heads"])
     elif Path(name).is_file():
-        source, checkpoint = name, common.load_checkpoint(name)
-        if not isinstance(checkpoint, dict) or not {"model", "arch", "script"} <= checkpoint.keys():
-            raise common.Abort(f"{name} is no student.pth of this project; for released weights "
-                               f"take --teacher NAME --teacher-weights {name}")
+        source, checkpoint = name, common.load_export(name)
         if checkpoint["script"] not in ("attndistill", "vitkd"):
             raise common.Abort(f"{name} was written by {checkpoint['script']}.py, whose ViT is "
                                f"another one")
@@ -307,12 +304,12 @@ def load_teacher(name, weights=None, image_size=224):
         raise common.Abort(f"no teacher {name}: take {', '.join(TEACHERS)}, "
                            f"or the path of a student.pth")
 
-    problems = mismatches(state, arch)
+    problems = common.mismatches(state, ViT, arch)
     if problems:
         fits = []
         for other in sorted(TEACHERS, key=lambda n: n.split("_")[0] != name.split("_")[0]):
             state, _ = backbone(checkpoint, LEFT_OUT[other.split("_")[0]])  # own family first
-            fits += [] if mismatches(state, released_arch(other, state)) else [other]
+            fits += [] if common.mismatches(state, ViT, released_arch(other, state)) else [other]
         raise common.Abort(f"{source} does not hold a {name}: " + "; ".join(problems)
                            + (f"; it fits --teacher {fits[0]}" if fits else ""))
     patch_size = arch["patch_size"]
@@ -321,9 +318,6 @@ def load_teacher(name, weights=None, image_size=224):
         raise common.Abort(f"--image-size {image_size} is not a multiple of the teacher's patch "
                            f"size {patch_size}: take {max(1, grid) * patch_size} or "
                            f"{(max(1, grid) + 1) * patch_size}")
-    broken = [k for k, v in state.items() if not v.isfinite().all()]
-    if broken:
-        raise common.Abort(f"{source} holds NaN or infinite weights: {', '.join(broken[:5])}")
     state["pos_embed"] = resize_pos_embed(state["pos_embed"], grid)
     teacher = ViT(**{**arch, "image_size": image_size})
     teacher.load_state_dict(state)
@@ -372,18 +366,6 @@ def released_arch(name, state):
     return {"image_size": math.isqrt(rows - 1) * patch_size, "patch_size": patch_size, "dim": dim,
             "depth": depth, "num_heads": num_heads, "num_classes": 0,
             "layer_scale": name.startswith("dinov2") or "blocks.0.ls1.gamma" in state}
-
-
-def mismatches(state, arch):
-    """What keeps `state` from filling ViT(**arch): a list of phrases, empty if nothing does."""
-    with torch.device("meta"):
-        expected = {k: tuple(v.shape) for k, v in ViT(**arch).state_dict().items()}
-    found = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}
-    groups = {"missing": sorted(expected.keys() - found.keys()),
-              "unexpected": sorted(found.keys() - expected.keys()),
-              "of another shape": [f"{k} {found[k]} for {expected[k]}" for k in expected
-                                   if k in found and found[k] != expected[k]]}
-    return [f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in groups.items() if keys]
 
 
 def resize_pos_embed(pos_embed, grid):
@@ -525,9 +507,7 @@ def visualize(args):
     block, teacher's mean of heads and each head, student's mean of heads and each head."""
     if not args.weights:
         raise common.Abort("--visualize needs the student: --weights out/.../student.pth")
-    checkpoint = common.load_checkpoint(args.weights)
-    arch = checkpoint.get("arch", {}) if isinstance(checkpoint, dict) else {}
-    size = args.image_size or arch.get("image_size", 224)
+    size = args.image_size or common.load_export(args.weights)["arch"].get("image_size", 224)
     vits = {"teacher": load_teacher(args.teacher, args.teacher_weights, size),
             "student": load_teacher(args.weights, None, size)}
     transform, tile = common.val_transform(size), max(size, 160)

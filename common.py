@@ -25,10 +25,12 @@ import resource
 import signal
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import datasets
@@ -241,8 +243,8 @@ class Photos(Dataset):
 
     Items are asked for by key = epoch * len + index and are (image, label, unreadable). The
     augmentation is seeded by (seed, key) alone: neither the number of workers and processes nor a
-    resume changes an image. An unreadable file is named once, counted (`unreadable` = how many
-    were passed over) and replaced by the next readable one.
+    resume changes an image. An unreadable file is named once, counted (`unreadable` = 1) and
+    replaced by the next readable one.
     """
 
     def __init__(self, base, transform, seed=0, indices=None):
@@ -268,7 +270,7 @@ class Photos(Dataset):
             raise Unreadable(f"{unreadable + 1} images in a row are unreadable: is the disk gone?")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(mix_seed(self.seed, key))
-            return self.transform(image), label, unreadable
+            return self.transform(image), label, int(unreadable > 0)
 
 
 class Shapes(Dataset):
@@ -365,9 +367,36 @@ def read_split(name, split, args):
         raise Abort(f"no folder {folder}: --data must hold train/CLASS/* and val/CLASS/* (or --val "
                     f"another folder of CLASS/*), or be one of cifar10, cifar100, shapes")
     try:
-        return datasets.ImageFolder(folder)
-    except FileNotFoundError as error:
-        raise Abort(f"no images in {folder}: {error}")
+        images = ClassFolders(folder, loader=open_rgb, allow_empty=True)
+    except OSError as error:
+        raise Abort(f"no class folders in {folder}: {error}")
+    empty = [images.classes[c] for c in sorted(set(range(len(images.classes)))
+                                               - set(images.targets))]
+    if not images.samples:
+        raise Abort(f"no images in {folder} (class folders: {', '.join(empty[:5])})")
+    if empty:
+        warn(f"no images in {folder} of {len(empty)} classes: {', '.join(empty[:5])}")
+    return images
+
+
+class ClassFolders(datasets.ImageFolder):
+    """ImageFolder that does not take hidden folders for classes."""
+
+    def find_classes(self, directory):
+        classes = sorted(entry.name for entry in os.scandir(directory)
+                         if entry.is_dir() and not entry.name.startswith("."))
+        return classes, {name: i for i, name in enumerate(classes)}
+
+
+def open_rgb(path):
+    """The image file as PIL RGB, in its right colours."""
+    with open(path, "rb") as file:
+        image = Image.open(file)
+        if image.mode.startswith("I"):  # 16 bit grey: PIL would cut values off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        if image.mode == "P":  # a palette that may have transparency, which is dropped
+            image = image.convert("RGBA")
+        return image.convert("RGB")
 
 
 class ShardedBatches:
@@ -635,7 +664,7 @@ def save_checkpoint(path, **state):
 
 def write_whole(path, write):
     """write(file) to `path` so that whatever happens, `path` is either the old file or the whole
-    new one: temporary file in the same folder, flush, fsync, rename."""
+    new one: temporary file in the same folder, flush, fsync, rename. Raises Abort."""
     path = Path(path)
     temporary = path.with_name(path.name + ".tmp")
     try:
@@ -644,15 +673,19 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
-        raise
+        if not isinstance(error, (OSError, RuntimeError)):  # torch.save's: RuntimeError
+            raise
+        raise Abort(f"cannot write {path} ({str(error).splitlines()[0]}): is the disk full? What "
+                    f"was there before is still whole", 1, alone=True)
 
 
 def load_checkpoint(path):
     """What torch.save wrote to `path`, tensors on the CPU. Runs no code from the file.
 
-    Raises Abort if the file is missing, damaged, or holds anything but tensors and plain values.
+    Raises Abort if the file is missing, damaged (also by a flipped bit: torch.load itself does not
+    compare checksums), or holds anything but tensors and plain values.
     Let through is what training checkpoints of DINO, iBOT and Mugs carry: an argparse.Namespace,
     and numpy numbers (under numpy 1's and 2's names) as learning rates.
     """
@@ -660,6 +693,11 @@ def load_checkpoint(path):
     allowed = [argparse.Namespace, np.dtype, type(np.dtype("float64")),
                (number, "numpy.core.multiarray.scalar"), (number, "numpy._core.multiarray.scalar")]
     try:
+        if zipfile.is_zipfile(path):  # all but files of torch before 1.6
+            with zipfile.ZipFile(path) as file:
+                broken = file.testzip()
+            if broken:
+                raise OSError(f"{broken} does not fit its checksum")
         with torch.serialization.safe_globals(allowed):
             return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
@@ -671,6 +709,50 @@ def load_checkpoint(path):
     except Exception as error:  # noqa: BLE001 - zip, pickle and storage readers raise their own
         raise Abort(f"{path} is damaged or not a weights file "
                     f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''})")
+
+
+def load_export(path):
+    """The content of a student.pth, {"model", "arch", "script", ...}; Abort if it is none."""
+    checkpoint = load_checkpoint(path)
+    kinds = {"model": dict, "arch": dict, "script": str}
+    if not isinstance(checkpoint, dict) or not all(
+            isinstance(checkpoint.get(key), kind) for key, kind in kinds.items()):
+        raise Abort(f"{path} is no student.pth of this project; released weights need a name, too: "
+                    f"--teacher NAME --teacher-weights FILE (eval_knn.py: --arch NAME)")
+    return checkpoint
+
+
+def mismatches(state, build, arch):
+    """What keeps `state` from being the weights of build(**arch), which is made without memory: a
+    list of phrases, empty if nothing does."""
+    try:
+        if not all(isinstance(v, int) and 0 <= v < 2**20 for v in arch.values()):
+            raise ValueError(f"{arch}")
+        if arch["dim"] % arch["num_heads"] or arch["depth"] > 1000:
+            raise ValueError(f"{arch}")
+        with torch.device("meta"):
+            expected = build(**arch).state_dict()
+    except (KeyError, TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        return [f"what it says of itself is no model ({str(error).splitlines()[0][:200]})"]
+    return unlike(state, expected)
+
+
+def unlike(state, expected):
+    """What keeps `state` from being weights like `expected` (both {name: tensor}): phrases."""
+    groups = {"missing": sorted(expected.keys() - state.keys()),
+              "unexpected": sorted(map(str, state.keys() - expected.keys())),
+              "of another shape": [], "of another type": [], "NaN or infinite": []}
+    for name, want in expected.items():
+        have = state.get(name, want)
+        if not torch.is_tensor(have) or have.is_floating_point() != want.is_floating_point():
+            groups["of another type"].append(name)
+        elif have.shape != want.shape:
+            groups["of another shape"].append(f"{name} {tuple(have.shape)} for "
+                                              f"{tuple(want.shape)}")
+        elif name in state and not have.isfinite().all():
+            groups["NaN or infinite"].append(name)
+    return [f"{len(names)} {what}: {', '.join(names[:5])}"
+            for what, names in groups.items() if names]
 
 
 def open_run(args):
@@ -726,8 +808,11 @@ def comparable(args):
 def log_epoch(args, record, seconds_left):
     """Append the record to log.jsonl and print it as one line."""
     if rank() == 0:
-        with open(Path(args.out) / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(Path(args.out) / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise Abort(f"cannot write {args.out}/log.jsonl: {error}", 1, alone=True)
     hidden = {"epoch", "seconds", "data_wait", "peak_memory_gb"}
     hidden |= {name for name in ("unreadable", "skipped_steps") if not record[name]}
     shown = "  ".join(f"{name} {value:.4g}" for name, value in record.items()

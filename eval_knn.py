@@ -214,26 +214,25 @@ def load_model(args):
         except common.Abort as error:  # in this program's words
             message = str(error).replace("--teacher-weights", "--weights")
             raise common.Abort(message.replace("--teacher", "--arch").replace("teacher", "arch"))
-    checkpoint = common.load_checkpoint(args.weights)
-    if not isinstance(checkpoint, dict) or checkpoint.get("script") not in SCRIPTS:
-        raise common.Abort(f"{args.weights} is no checkpoint of this project; released weights "
-                           f"need --arch NAME")
-    script, arch = importlib.import_module(checkpoint["script"]), {**checkpoint["arch"]}
+    checkpoint = common.load_export(args.weights)
+    state, arch = checkpoint["model"], {**checkpoint["arch"]}
+    if checkpoint["script"] not in SCRIPTS:
+        raise common.Abort(f"{args.weights} is no student.pth of {', '.join(SCRIPTS)}")
+    script = importlib.import_module(checkpoint["script"])
     if "cnn" in arch:
         raise common.Abort(f"{args.weights} is a CNN; features are taken from ViTs")
+    problems = common.mismatches(state, script.ViT, arch)
+    if problems:
+        raise common.Abort(f"{args.weights} is damaged: {'; '.join(problems)}")
     arch.update(num_classes=0, image_size=args.image_size or arch["image_size"])
     grid, rest = divmod(arch["image_size"], arch["patch_size"])
     if rest:
         raise common.Abort(f"--image-size {arch['image_size']} is not a multiple of the patch size "
                            f"{arch['patch_size']}")
-    state = {k: v for k, v in checkpoint["model"].items() if not k.startswith("head")}
+    state = {k: v for k, v in state.items() if not k.startswith("head")}
+    state["pos_embed"] = script.resize_pos_embed(state["pos_embed"], grid)
     model = script.ViT(**arch)
-    try:
-        state["pos_embed"] = script.resize_pos_embed(state["pos_embed"], grid)
-        model.load_state_dict(state)
-    except (KeyError, RuntimeError) as error:
-        raise common.Abort(f"{args.weights} does not hold the ViT that it describes: "
-                           f"{' '.join(str(error).split())[:300]}")
+    model.load_state_dict(state)
     return model.requires_grad_(False).eval()
 
 

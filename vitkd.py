@@ -276,10 +276,7 @@ def load_teacher(name, weights=None, num_classes=1000, image_size=224):
                  for k, v in state.items()}
         arch = released_arch(name, state)
     elif Path(name).is_file():
-        source, checkpoint = name, common.load_checkpoint(name)
-        if not isinstance(checkpoint, dict) or not {"model", "arch", "script"} <= checkpoint.keys():
-            raise common.Abort(f"{name} is no student.pth of this project; for released weights "
-                               f"take --teacher NAME --teacher-weights {name}")
+        source, checkpoint = name, common.load_export(name)
         if checkpoint["script"] != "vitkd":
             raise common.Abort(f"{name} was written by {checkpoint['script']}.py, whose ViT is "
                                f"another one")
@@ -288,9 +285,9 @@ def load_teacher(name, weights=None, num_classes=1000, image_size=224):
         raise common.Abort(f"no teacher {name}: take {', '.join(TEACHERS)}, "
                            f"the path of a student.pth, or none")
 
-    problems = mismatches(state, arch)
+    problems = common.mismatches(state, ViT, arch)
     if problems:
-        fits = [n for n in TEACHERS if not mismatches(state, released_arch(n, state))]
+        fits = [n for n in TEACHERS if not common.mismatches(state, ViT, released_arch(n, state))]
         raise common.Abort(f"{source} does not hold a {name}: " + "; ".join(problems)
                            + (f"; it fits --teacher {fits[0]}" if fits else ""))
     if arch["num_classes"] != num_classes:
@@ -299,9 +296,6 @@ def load_teacher(name, weights=None, num_classes=1000, image_size=224):
     if image_size % arch["patch_size"]:
         raise common.Abort(f"--image-size {image_size} is not a multiple of the teacher's patch "
                            f"size {arch['patch_size']}")
-    broken = [k for k, v in state.items() if not v.isfinite().all()]
-    if broken:
-        raise common.Abort(f"{source} holds NaN or infinite weights: {', '.join(broken[:5])}")
     grid = image_size // arch["patch_size"]
     state["pos_embed"] = resize_pos_embed(state["pos_embed"], grid)
     teacher = ViT(**{**arch, "image_size": image_size})
@@ -328,25 +322,17 @@ def released_arch(name, state):
     Where the weights lack a key, any value serves: mismatches() will report the key. DeiT III's
     pos_embed has N = g*g rows, DeiT's 1 + N."""
     dim, depth, num_heads, deit3, _ = TEACHERS[name]
-    shape = {k: v.shape for k, v in state.items() if isinstance(v, torch.Tensor)}
-    rows = shape.get("pos_embed", (1, 197))[1]
-    patch_size = shape.get("patch_embed.proj.weight", (dim, 3, 16, 16))[-1]
+
+    def shape(key, otherwise):
+        found = getattr(state.get(key), "shape", ())
+        return found if len(found) == len(otherwise) and 0 not in found else otherwise
+
+    rows = shape("pos_embed", (1, 197, dim))[1]
+    patch_size = shape("patch_embed.proj.weight", (dim, 3, 16, 16))[-1]
     return {"image_size": math.isqrt(rows) * patch_size, "patch_size": patch_size, "dim": dim,
             "depth": depth, "num_heads": num_heads, "layer_scale": deit3,
             "class_position": math.isqrt(rows) ** 2 != rows,
-            "num_classes": shape.get("head.weight", (1000,))[0]}
-
-
-def mismatches(state, arch):
-    """What keeps `state` from filling ViT(**arch): a list of phrases, empty if nothing does."""
-    with torch.device("meta"):
-        expected = {k: tuple(v.shape) for k, v in ViT(**arch).state_dict().items()}
-    found = {k: tuple(getattr(v, "shape", ())) for k, v in state.items()}
-    groups = {"missing": sorted(expected.keys() - found.keys()),
-              "unexpected": sorted(found.keys() - expected.keys()),
-              "of another shape": [f"{k} {found[k]} for {expected[k]}" for k in expected
-                                   if k in found and found[k] != expected[k]]}
-    return [f"{len(keys)} {what}: {', '.join(keys[:5])}" for what, keys in groups.items() if keys]
+            "num_classes": shape("head.weight", (1000, dim))[0]}
 
 
 def resize_pos_embed(pos_embed, grid):

@@ -350,9 +350,9 @@ def test_wrong_teachers_are_one_line(tmp_path, monkeypatch):
             (("resnet18", path, 10), "has 1000 classes, the data 10"),
             (("resnet34", path), r"does not hold a resnet34: \d+ missing"),
             (("resnet18", tmp_path / "cut.pth"), r"\d+ missing: layer4\.0\.bn1\.bias"),
-            (("resnet18", tmp_path / "nan.pth"), r"NaN or infinite weights: bn1\.weight"),
+            (("resnet18", tmp_path / "nan.pth"), r"NaN or infinite: bn1\.weight"),
             (("resnet18", tmp_path / "no.pth"), "no file"),
-            ((str(tmp_path / "other.pth"),), "not written by --train-teacher"),
+            ((str(tmp_path / "other.pth"),), "no student.pth of this project"),
             (("regnet_y_16gf",), r"cannot download https://download\.pytorch\.org/.*_16gf")):
         with pytest.raises(common.Abort, match=message) as error:
             dearkd.load_teacher(*arguments)

@@ -489,7 +489,7 @@ def test_a_full_disk_is_one_line(teacher, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(dearkd, "save_image", full)
     status, _, err = in_process(dearkd, capsys, monkeypatch, "--synthesize", tmp_path / "made",
                                 "--teacher", teacher[1], *SMALL)
-    assert status == 1 and "cannot write the images" in err and len(err.splitlines()) == 1, err
+    assert status == 1 and "cannot write" in err and len(err.splitlines()) == 1, err
     assert not pictures(tmp_path / "made")
 
 
@@ -510,5 +510,5 @@ def test_a_rank_alone_names_its_fault(teacher, tmp_path):
     label, number = (column[0].item() for column in dearkd.plan_batches(3, 8, 16, 0)[1])
     (tmp_path / "made" / "train" / str(label) / f"{number:05d}.png").mkdir()
     _, err = run(*torchrun(2, "dearkd.py", *flags), status=1)
-    assert "dearkd.py: error: cannot write the images" in err and "Error" not in err.split(
-        "cannot write the images")[0]
+    assert "dearkd.py: error: cannot write " in err and "Error" not in err.split(
+        "cannot write")[0]

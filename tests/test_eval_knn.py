@@ -323,7 +323,7 @@ def test_wrong_input_is_one_line(tmp_path, files, capsys, monkeypatch):
     for arguments, status, message in (
             (data, 2, "give --weights, --arch or --load-features"),
             ([*data, "--weights", tmp_path / "no.pth"], 2, "no file"),
-            ([*data, "--weights", tmp_path / "other.pth"], 2, "released weights need --arch NAME"),
+            ([*data, "--weights", tmp_path / "other.pth"], 2, "(eval_knn.py: --arch NAME)"),
             ([*data, "--arch", "dino_s15"], 2, "no arch dino_s15: take dino_s16"),
             ([*data, "--arch", "mugs_s16"], 2, "give its file with --weights FILE"),
             ([*data, "--arch", files / "vitkd.pth", *good], 2, "--arch with --weights is one of"),
@@ -335,7 +335,7 @@ def test_wrong_input_is_one_line(tmp_path, files, capsys, monkeypatch):
             ([*data, *good, "--ks", 0], 2, "--ks: 0 is not in [1, inf)"),
             (["--data", tmp_path, *good], 2, "no folder"),
             (["--load-features", tmp_path / "other.pth"], 2, "not written by --save-features"),
-            ([*data, "--weights", tmp_path / "half.pth"], 2, "Missing key(s)"),
+            ([*data, "--weights", tmp_path / "half.pth"], 2, "is damaged: 21 missing"),
             ([*data, "--weights", tmp_path / "nan.pth"], 1, "features are not finite")):
         found, _, err = in_process(eval_knn, capsys, monkeypatch, *arguments)
         assert found == status and message in err and len(err.splitlines()) == 1, err

@@ -1,0 +1,355 @@
+"""Damage done on purpose: kills, full disks, lost ranks, rotten files, numbers that go bad."""
+
+import io
+import json
+import os
+import random
+import re
+import resource
+import signal
+import socket
+import struct
+import time
+import zipfile
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import DATA, MICRO, ROOT, finish, make_photos, start, torchrun
+from PIL import Image
+from torch.utils.data import DataLoader
+
+import common
+import vitkd
+
+SHAPES = [*MICRO, "--data", "shapes", "--data-fraction", "0.02", "--teacher", "none",
+          "--lr", "1e-3"]
+
+
+def run(*command, status=0, timeout=240, **keywords):
+    code, out, err = finish(start(*command, **keywords), timeout)
+    assert code == status, err[-3000:] + out[-1000:]
+    return out, err
+
+
+def wait_for(condition, process, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def same(a, b, name="student.pth"):
+    a, b = (common.load_checkpoint(folder / name)["model"] for folder in (a, b))
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+# ------------------------------------------------------------------ kill -9, a full disk
+
+
+@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+def test_kill_anything_any_time(kills, tmp_path):
+    """SIGKILL at random moments, a good part of them while a checkpoint is written (22 MB of
+    student, 65 MB of last.pth after every two steps); --resume auto each time, to the same end."""
+    epochs = 10 if kills == 3 else 60
+    command = ["vitkd.py", *SHAPES, "--student", "deit_t", "--batch-size", 40, "--epochs", epochs]
+    run(*command, "--out", tmp_path / "whole", timeout=900)
+    folder, r, while_writing = tmp_path / "killed", random.Random(kills), 0
+    for _ in range(kills):
+        process = start(*command, "--resume", "auto", "--out", folder)
+        log = folder / "log.jsonl"
+        before = log.read_text().count("\n") if log.exists() else 0
+        while process.poll() is None and (
+                not log.exists() or log.read_text().count("\n") == before):
+            time.sleep(0.01)  # until it has begun an epoch, or was through already
+        time.sleep(r.uniform(0, 0.5))
+        process.kill()
+        finish(process)
+        temporary = [path.name for path in folder.iterdir() if "tmp" in path.name]
+        assert len(temporary) <= 1
+        while_writing += len(temporary)
+        if (folder / "last.pth").exists():
+            common.load_checkpoint(folder / "last.pth")
+    run(*command, "--resume", "auto", "--out", folder, timeout=900)
+    assert same(tmp_path / "whole", folder) and same(tmp_path / "whole", folder, "last.pth")
+    assert [line["epoch"] for line in lines_of(folder)] == list(range(1, epochs + 1))
+    assert not [path for path in folder.iterdir() if "tmp" in path.name]
+    assert kills == 3 or while_writing >= 3
+
+
+def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(tmp_path):
+    """A limit on the size of files, between that of student.pth and of last.pth."""
+    command = ["vitkd.py", *SHAPES, "--epochs", 3, "--out", tmp_path / "run"]
+    process = start(*command)
+    last = tmp_path / "run" / "last.pth"
+    wait_for(last.exists, process)
+    process.kill()
+    finish(process)
+    epoch, size = common.load_checkpoint(last)["epoch"], last.stat().st_size
+    if epoch == 3:
+        pytest.skip("the run was over before it could be killed")
+    _, err = run(*command, "--resume", status=1, preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (size // 2, size // 2)))
+    line, = err.splitlines()
+    assert line.startswith(f"vitkd.py: error: cannot write {last} (") and "disk full?" in line
+    assert common.load_checkpoint(last)["epoch"] == epoch
+    assert not [path for path in last.parent.iterdir() if "tmp" in path.name]
+    run(*command, "--resume")
+    assert [line["epoch"] for line in lines_of(tmp_path / "run")] == [1, 2, 3]
+
+
+# ------------------------------------------------------------------ ranks and nodes
+
+
+def ranks_of(pid):
+    """Child processes of a torchrun agent."""
+    found = []
+    for stat in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path("/proc", stat, "stat").read_text().rsplit(")", 1)[1].split()
+            if int(fields[1]) == pid:
+                found.append(int(stat))
+        except OSError:
+            continue
+    return found
+
+
+def test_an_elastic_restart_finishes_the_run(tmp_path):
+    """torchrun --max-restarts 2: one rank is killed, all are started again, --resume auto. Without
+    that variable the ranks of the second start may find the addresses of the first."""
+    command = [*SHAPES, "--epochs", 12, "--resume", "auto", "--out"]
+    run(*torchrun(2, "vitkd.py", *command, tmp_path / "whole"))
+    words = list(torchrun(2, "vitkd.py", *command, tmp_path / "run"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
+        process = start(*words[:1], "--max-restarts", 2, *words[1:])
+    wait_for((tmp_path / "run" / "last.pth").exists, process)
+    os.kill(max(ranks_of(process.pid)), signal.SIGKILL)
+    code, _, err = finish(process)
+    assert code == 0, err[-3000:]
+    assert [line["epoch"] for line in lines_of(tmp_path / "run")] == list(range(1, 13))
+    assert same(tmp_path / "whole", tmp_path / "run")
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def test_two_nodes_and_then_one_process(tmp_path):
+    """Two torchrun agents train like one process; and a run of theirs that is killed goes on in one
+    process, with the same batches and learning rates."""
+    data = make_photos(tmp_path / "photos", counts=(("train", 64), ("val", 13)))
+    flags = ["vitkd.py", *MICRO, "--data", data, "--teacher", "none", "--mixup", 0, "--cutmix", 0,
+             "--amp", "off", "--lr", 1e-4, "--epochs", 2]
+    run(*flags, "--out", tmp_path / "one")
+
+    def two_nodes(*more):
+        port = free_port()
+        return [start("torchrun", "--nnodes", 2, "--nproc_per_node", 1, "--rdzv_backend", "c10d",
+                      "--rdzv_id", "test", "--rdzv_endpoint", f"localhost:{port}", *flags, *more)
+                for _ in range(2)]
+
+    for agent in two_nodes("--out", tmp_path / "two"):
+        code, _, err = finish(agent)
+        assert code == 0, err[-3000:]
+    agents = two_nodes("--out", tmp_path / "cut")
+    wait_for((tmp_path / "cut" / "last.pth").exists, agents[0])
+    for pid in [pid for agent in agents for pid in ranks_of(agent.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    for agent in agents:
+        assert finish(agent)[0] != 0
+    run(*flags, "--out", tmp_path / "cut", "--resume")
+    torch.manual_seed(0)
+    begin = vitkd.ViT(16, 4, 96, 6, 3, 3).state_dict()
+    one = common.load_checkpoint(tmp_path / "one" / "student.pth")["model"]
+    for name in ("two", "cut"):
+        other = common.load_checkpoint(tmp_path / name / "student.pth")["model"]
+        for key, value in one.items():
+            moved = (value - begin[key]).norm()
+            assert (value - other[key]).norm() <= 0.03 * moved + 1e-6, (name, key)
+        for a, b in zip(lines_of(tmp_path / "one"), lines_of(tmp_path / name), strict=True):
+            assert a["lr"] == b["lr"] and a["ce"] == pytest.approx(b["ce"], rel=1e-3)
+            assert a["top1"] == pytest.approx(b["top1"], abs=6)
+
+
+# ------------------------------------------------------------------ rotten images
+
+
+def jpegs(count):
+    """Bytes of real JPEG files, or of made ones where the real ones are not at hand."""
+    file = DATA / "cifar10_val.zip"
+    if file.exists():
+        with zipfile.ZipFile(file) as archive:
+            names = [name for name in archive.namelist() if name.endswith(".jpg")]
+            step = len(names) // count
+            return [archive.read(name) for name in names[::step][:count]]
+    rng, made = np.random.default_rng(0), []
+    for _ in range(count):
+        with io.BytesIO() as file:
+            Image.fromarray(rng.integers(0, 255, (32, 32, 3), np.uint8)).save(file, "JPEG")
+            made.append(file.getvalue())
+    return made
+
+
+def bomb():
+    """A PNG whose header says 30,000 x 30,000."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return (b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header
+            + struct.pack(">I", zlib.crc32(header)))
+
+
+def test_colours_are_right_in_every_format(tmp_path):
+    def colour(image, name, **keywords):
+        image.save(tmp_path / name, **keywords)
+        opened = common.open_rgb(tmp_path / name)
+        assert opened.mode == "RGB" and opened.size == image.size
+        return np.asarray(opened)[0, 0].tolist()
+
+    assert colour(Image.new("RGB", (8, 8), (200, 30, 90)), "rgb.png") == [200, 30, 90]
+    cmyk = colour(Image.new("RGB", (8, 8), (250, 10, 10)).convert("CMYK"), "cmyk.jpg")
+    assert np.abs(np.array(cmyk) - [250, 10, 10]).max() <= 6
+    palette = Image.new("RGB", (8, 8), (200, 30, 90)).quantize(4)
+    assert colour(palette, "palette.png", transparency=bytes([255, 0, 9, 0])) == [200, 30, 90]
+    assert colour(Image.new("LA", (8, 8), (77, 128)), "grey_alpha.png") == [77] * 3
+    deep = Image.fromarray(np.full((8, 8), 0x8040, np.uint16))
+    assert colour(deep, "deep.png") == [0x80] * 3  # not cut off at 255
+    assert colour(Image.new("L", (1, 1), 9), "tiny.png") == [9] * 3
+    assert colour(Image.new("1", (8, 8), 1), "bits.png") == [255] * 3
+
+
+def test_a_rotten_folder_is_used_as_far_as_it_can_be_read(tmp_path):
+    """2,000 JPEGs and what people find among theirs: bad files are named once and counted once an
+    epoch, hidden and empty folders don't disturb, nothing hangs."""
+    images = jpegs(2000)
+    for split, part in (("train", images), ("val", images[:60])):
+        for i, data in enumerate(part):
+            folder = tmp_path / "data" / split / f"class{i % 2}"
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / f"{i:05d}.jpg").write_bytes(data)
+        (tmp_path / "data" / split / "class2").mkdir()  # empty
+        (tmp_path / "data" / split / ".cache").mkdir()
+    train = tmp_path / "data" / "train" / "class0"
+    (train / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+    bad = {"zero.jpg": b"", "cut.jpg": images[0][:300], "cut2.jpg": images[1][:len(images[1]) // 2],
+           "text.jpg": b"no image at all\n", "bomb.png": bomb()}
+    for name, data in bad.items():
+        (train / name).write_bytes(data)
+    (train / "link.jpg").symlink_to(tmp_path / "nowhere.jpg")
+    bad["link.jpg"] = None
+    if os.geteuid():  # root reads everything
+        (train / "locked.jpg").write_bytes(images[0])
+        (train / "locked.jpg").chmod(0)
+        bad["locked.jpg"] = None
+    Image.new("L", (1, 1), 9).save(train / "one.png")
+    Image.new("RGB", (32, 32), (9, 99, 199)).convert("CMYK").save(train / "cmyk.jpg")
+    palette = Image.new("RGB", (32, 32), (9, 99, 199)).quantize(4)
+    palette.save(train / "palette.png", transparency=bytes([0, 255, 9, 0]))
+    Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(train / "deep.png")
+    _, err = run("vitkd.py", *MICRO, "--data", tmp_path / "data", "--teacher", "none", "--epochs",
+                   2, "--batch-size", 100, "--eval-every", 2, "--out", tmp_path / "run")
+    named = re.findall(r"unreadable image, replaced by the next: \S*/(\S+) \(", err)
+    assert sorted(named) == sorted(bad)
+    assert [line["unreadable"] for line in lines_of(tmp_path / "run")] == 2 * [len(bad)]
+    assert err.count("no images in") == 2 and "of 1 classes: class2" in err
+    assert len(err.splitlines()) == len(bad) + 2, err
+
+
+def test_a_thousand_mutated_jpegs(tmp_path):
+    """Workers survive what a decoder makes of them: an image, or an unreadable file."""
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    r = random.Random(0)
+    for i, data in enumerate(jpegs(1000)):
+        data = bytearray(data)
+        for _ in range(r.choice([1, 2, 10, 50])):
+            data[r.randrange(len(data))] = r.randrange(256)
+        if r.random() < 0.2:
+            del data[r.randrange(len(data)):]
+        (tmp_path / "train" / "a" / f"{i:04d}.jpg").write_bytes(data)
+    base = common.ClassFolders(tmp_path / "train", loader=common.open_rgb)
+    data = common.Photos(base, common.train_transform(16))
+    count = unreadable = 0
+    for images, labels, skipped in DataLoader(data, 50, num_workers=2):
+        assert images.shape == (50, 3, 16, 16) and images.isfinite().all()
+        count, unreadable = count + len(labels), unreadable + int((skipped > 0).sum())
+    assert count == 1000 and 50 < unreadable < 950
+    assert int(data.named.sum()) == unreadable
+
+
+# ------------------------------------------------------------------ rotten weights, bad numbers
+
+
+def test_rotten_weights_are_refused_or_right(tmp_path):
+    out, _ = run(ROOT / "tests" / "rotten_weights.py", tmp_path, 200)
+    result = json.loads(out.splitlines()[-1])
+    counts = result["refused, loaded"]
+    assert sum(map(sum, counts.values())) == 200 and result["grown_gib"] < 0.5
+    assert all(counts[kind][1] == 0 for kind in
+               ("truncated", "swapped", "nan", "nested", "code", "absurd"))
+    assert counts["flipped"][1] <= 2  # bits that no weight depends on
+
+
+def test_a_flipped_bit_in_last_pth_is_noticed(tmp_path):
+    common.save_checkpoint(tmp_path / "last.pth", weights=torch.ones(1000))
+    data = bytearray((tmp_path / "last.pth").read_bytes())
+    data[data.index(np.ones(8, np.float32).tobytes()) + 100] ^= 1
+    (tmp_path / "last.pth").write_bytes(data)
+    assert not torch.equal(torch.load(tmp_path / "last.pth", weights_only=True)["weights"],
+                           torch.ones(1000))  # torch itself does not notice
+    with pytest.raises(common.Abort, match="does not fit its checksum"):
+        common.load_checkpoint(tmp_path / "last.pth")
+
+
+def test_a_teacher_that_yields_nan_ends_the_run(tmp_path):
+    arch = {"image_size": 16, "patch_size": 4, "dim": 24, "depth": 2, "num_heads": 2,
+            "num_classes": 10}
+    state = vitkd.ViT(**arch).state_dict()
+    state["head.weight"] *= 3e38  # finite still; its logits are not
+    state["norm.weight"] *= 1e6
+    common.save_checkpoint(tmp_path / "t.pth", model=state, arch=arch, script="vitkd", top1=None)
+    _, err = run("vitkd.py", *SHAPES, "--teacher", tmp_path / "t.pth", "--epochs", 9, "--out",
+                 tmp_path / "run", status=1)
+    line, = [line for line in err.splitlines() if "warning" not in line.lower()]
+    assert "the loss was not finite ten steps in a row" in line
+
+
+# ------------------------------------------------------------------ a long run
+
+
+@pytest.mark.slow
+def test_soak(tmp_path):
+    """2,000 steps: memory and file descriptors stay flat, the same workers live to the end."""
+    data = make_photos(tmp_path / "photos", counts=(("train", 50), ("val", 10)))
+    process = start("vitkd.py", *MICRO, "--data", data, "--teacher", "none", "--batch-size", 15,
+                    "--epochs", 200, "--eval-every", 50, "--out", tmp_path / "run")
+    proc, seen = Path("/proc", str(process.pid)), []
+    log = tmp_path / "run" / "log.jsonl"
+    while process.poll() is None:
+        time.sleep(0.2)
+        try:
+            epoch = log.read_text().count("\n")
+            memory = int((proc / "statm").read_text().split()[1]) * resource.getpagesize() / 2**20
+            seen.append((epoch, memory, len(list((proc / "fd").iterdir())),
+                         tuple(sorted(ranks_of(process.pid)))))
+        except OSError:
+            continue
+    code, _, err = finish(process)
+    assert code == 0, err
+    warm = [row for row in seen if 50 <= row[0] < 199 and row[0] % 50 > 1]
+    early, late = ([row for row in warm if low <= row[0] < high]
+                   for low, high in ((52, 80), (160, 199)))
+    assert len(early) > 5 and len(late) > 5
+    growth = max(row[1] for row in late) - max(row[1] for row in early)
+    assert growth < 10, growth  # MiB
+    assert max(row[2] for row in late) <= max(row[2] for row in early)
+    workers = set(early[0][3])
+    assert len(workers) >= 2 and all(workers <= set(row[3]) for row in (*early, *late))
+    assert len(lines_of(tmp_path / "run")) == 200
