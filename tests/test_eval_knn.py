@@ -316,6 +316,8 @@ def test_wrong_input_is_one_line(tmp_path, files, capsys, monkeypatch):
     checkpoint = common.load_checkpoint(files / "attndistill.pth")
     broken = {k: v * float("nan") for k, v in checkpoint["model"].items()}
     common.save_checkpoint(tmp_path / "nan.pth", **{**checkpoint, "model": broken})
+    huge = {k: v * 1e30 for k, v in checkpoint["model"].items()}
+    common.save_checkpoint(tmp_path / "huge.pth", **{**checkpoint, "model": huge})
     half = dict(list(checkpoint["model"].items())[:9])
     common.save_checkpoint(tmp_path / "half.pth", **{**checkpoint, "model": half})
     data = ["--data", files / "photos", "--workers", 0]
@@ -336,6 +338,7 @@ def test_wrong_input_is_one_line(tmp_path, files, capsys, monkeypatch):
             (["--data", tmp_path, *good], 2, "no folder"),
             (["--load-features", tmp_path / "other.pth"], 2, "not written by --save-features"),
             ([*data, "--weights", tmp_path / "half.pth"], 2, "is damaged: 21 missing"),
-            ([*data, "--weights", tmp_path / "nan.pth"], 1, "features are not finite")):
+            ([*data, "--weights", tmp_path / "nan.pth"], 2, "NaN or infinite: cls_token"),
+            ([*data, "--weights", tmp_path / "huge.pth"], 1, "features are not finite")):
         found, _, err = in_process(eval_knn, capsys, monkeypatch, *arguments)
         assert found == status and message in err and len(err.splitlines()) == 1, err
