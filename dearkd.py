@@ -563,7 +563,7 @@ def train(args, device):
         if args.teacher != "none":
             teacher = common.rank_zero_first(lambda: load_teacher(
                 args.teacher, args.teacher_weights, num_classes)).to(device)
-            hints = parse_hints(args.hints, depth, teacher.stages)
+            hints = parse_hints(args.hints, depth, teacher.stages, student.grid_size)
             aligners.extend(Aligner(dim, teacher.stages[stage - 1][1]) for _, stage in hints)
     if device.type == "cuda":  # convolutions are faster so
         for cnn in (teacher, args.train_teacher and student):
@@ -679,10 +679,14 @@ def check_image_size(cnn, name, count, size):
                            f"{str(error).splitlines()[0]}")
 
 
-def parse_hints(text, depth, stages):
+def parse_hints(text, depth, stages, grid):
     """"1:2,3:-1" -> [(1, 2), (3, len(stages))]: blocks from 0, stages from 1 or, negative, from
-    the last. Raises common.Abort for a block or a stage that does not exist."""
+    the last. "auto": block 3 learns the first stage whose map is no larger than the student's grid,
+    block 1 the stage before. Raises common.Abort for a block or a stage that does not exist."""
     hints, last = [], len(stages)
+    if text == "auto":
+        own = next((i for i, (_, _, size) in enumerate(stages, 1) if size <= grid), last)
+        text = f"1:{max(1, own - 1)},3:{own}"
     for pair in text.split(",") if text != "none" else []:
         try:
             block, stage = map(int, pair.split(":"))
@@ -1020,10 +1024,12 @@ def fill_folder(args, device):
             "amp", "image_size", "images_per_class", "images_per_batch", "competitor",
             "competition", "seed")}}, "classes": names}, args.dry_run))
     batches = plan_batches(num_classes, args.images_per_class, args.images_per_batch, args.seed)
-    files = [[out / "train" / names[c] / f"{n:05d}.png" for c, n in zip(*batch)]
-             for batch in batches]
+
+    def files(i):
+        return (out / "train" / names[c] / f"{n:05d}.png" for c, n in zip(*batches[i]))
+
     todo = common.on_rank_zero(lambda: [
-        i for i, batch in enumerate(files) if not all(file.exists() for file in batch)])
+        i for i in range(len(batches)) if not all(file.exists() for file in files(i))])
     if len(todo) < len(batches):
         common.say(f"{len(batches) - len(todo)} of {len(batches)} batches are there already")
     if args.dry_run:
@@ -1056,16 +1062,16 @@ def fill_folder(args, device):
             images = synthesize(teacher, batches[i][0].to(device), args.image_size,
                                 common.mix_seed(args.seed, i), competitor, args.competition,
                                 autocast, report, **settings)
-            for file, image in zip(files[i], images):
+            for file, image in zip(files(i), images):
                 write_png(file, image)
             seconds = (time.perf_counter() - started) / (done + 1)
             common.say(f"batch {done + 1}/{len(mine)}: {len(images) / seconds:.3g} images/s, "
                        f"{common.duration(seconds * (len(mine) - done - 1))} left")
     common.all_reduce([0], device)  # all are done
     if common.rank() == 0:
-        record["images"] = sum(len(batch) for batch in files)
+        record["images"] = num_classes * args.images_per_class
         if todo:
-            made = sum(len(files[i]) for i in todo)
+            made = sum(len(batches[i][0]) for i in todo)
             record["images_per_second"] = made / (time.perf_counter() - started)
         record["synthetic"] = figures(ImageFolder(out / "train"), teacher, verifier, args, device,
                                       autocast)
@@ -1131,10 +1137,12 @@ def parse_args():
     parser.add_flags("loss", [
         ("--stage1-epochs", int, "epochs with the teacher (default: five sixths of --epochs)",
          "[0, inf)"),
-        ("--hints", "1:-2,3:-1", "block:stage,... or none: which blocks learn which CNN maps"),
+        ("--hints", "auto", "block:stage,... or none: which blocks learn which CNN maps"),
         ("--alpha", 0.5, "weight of the teacher's class against the label's", "[0, 1]"),
         ("--beta", 10.0, "weight of the hints", "[0, inf)")],
-        "Blocks count from 0. A CNN's stages are its resolutions, from 1, or from the last: -1.")
+        "Hints: blocks count from 0; a CNN's stages are its resolutions, from 1, or from the\n"
+        "last: -1. auto: block 3 learns the stage at the student's resolution, block 1 the stage\n"
+        "before it.")
     parser.add_flags("recipe", [
         *common.recipe_flags(batch_size=1024, epochs=300, min_lr=1e-5, weight_decay=0.05,
                              clip_grad=5.0),

@@ -361,14 +361,16 @@ def test_wrong_teachers_are_one_line(tmp_path, monkeypatch):
 
 def test_hints_are_read_and_checked():
     stages = [("a", 16, 32), ("b", 32, 16), ("c", 64, 8)]
-    assert dearkd.parse_hints("1:2,3:-1", 6, stages) == [(1, 2), (3, 3)]
-    assert dearkd.parse_hints("none", 6, stages) == []
+    assert dearkd.parse_hints("1:2,3:-1", 6, stages, 8) == [(1, 2), (3, 3)]
+    assert dearkd.parse_hints("none", 6, stages, 8) == []
+    assert [dearkd.parse_hints("auto", 6, stages, grid) for grid in (8, 14, 16, 40, 3)] == [
+        [(1, 2), (3, 3)], [(1, 2), (3, 3)], [(1, 1), (3, 2)], [(1, 1), (3, 1)], [(1, 2), (3, 3)]]
     for text, message in (("6:1", "blocks 0 to 5"), ("-1:1", "blocks 0 to 5"),
                           ("1:4", r"stages 1 \(16 x 32 x 32\), 2 .*, 3 \(64 x 8 x 8\)"),
                           ("1:0", "stages 1"), ("1:-4", "stages 1"), ("1", "not block:stage"),
                           ("a:b", "a:b is not block:stage"), ("1:2,", "not block:stage")):
         with pytest.raises(common.Abort, match=message):
-            dearkd.parse_hints(text, 6, stages)
+            dearkd.parse_hints(text, 6, stages, 8)
 
 
 # ------------------------------------------------------------------ runs

@@ -19,7 +19,7 @@ def blocks(language):
 
 
 def test_the_python_blocks_run():
-    vitkd_code, attndistill_code = blocks("python")
+    vitkd_code, dearkd_code, attndistill_code = blocks("python")
     values = {
         "student_shallow": [torch.randn(2, 196, 192)] * 2, "student_deep": torch.randn(2, 196, 192),
         "teacher_shallow": [torch.randn(2, 196, 384)] * 2, "teacher_deep": torch.randn(2, 196, 384),
@@ -27,6 +27,10 @@ def test_the_python_blocks_run():
         "target": torch.tensor([1, 2]), "cross_entropy": torch.tensor(2.0)}
     exec(vitkd_code, values)  # noqa: S102 - the README is ours
     assert values["loss"].isfinite() and values["loss"] > 2
+    values = {"features": torch.randn(6, 8), "labels": torch.tensor([0, 0, 0, 1, 1, 1]),
+              "cross_entropy": torch.tensor(2.0)}
+    exec(dearkd_code, values)  # noqa: S102
+    assert values["loss"] > 2
     values = {
         "mse_loss": torch.nn.functional.mse_loss, "student_cls": torch.randn(2, 192),
         "teacher_cls": torch.randn(2, 384), "student_attn": torch.rand(2, 3, 197).softmax(-1),
@@ -38,13 +42,20 @@ def test_the_python_blocks_run():
 def test_every_command_of_a_script_parses(monkeypatch):
     commands = [shlex.split(line, comments=True) for block in blocks("bash")
                 for line in block.splitlines()]
-    for script, least in ((vitkd, 6), (attndistill, 3), (dearkd, 3), (eval_knn, 1)):
+    for script, least in ((vitkd, 6), (attndistill, 3), (dearkd, 5), (eval_knn, 1)):
         name = f"{script.__name__}.py"
         ours = [words for words in commands if name in words and "--help" not in words]
         assert len(ours) >= least
         for words in ours:
             monkeypatch.setattr("sys.argv", words[words.index(name):])
             script.parse_args()
+
+
+def test_the_faults_that_are_listed_have_tests():
+    tests = "".join(path.read_text() for path in (ROOT / "tests").glob("test_*.py"))
+    table = README.split("## What it survives")[1].split("##")[0]
+    names = re.findall(r"`(test_\w+?)(?:_?\.\.\.)?`", table)
+    assert len(names) >= 10 and all(f"def {name}" in tests for name in names)
 
 
 def test_ci_runs_the_readmes_test_command():

@@ -58,7 +58,7 @@ def same(a, b, name="student.pth"):
 def test_kill_anything_any_time(kills, tmp_path):
     """SIGKILL at random moments, a good part of them while a checkpoint is written (22 MB of
     student, 65 MB of last.pth after every two steps); --resume auto each time, to the same end."""
-    epochs = 10 if kills == 3 else 60
+    epochs = 6 if kills == 3 else 60
     command = ["vitkd.py", *SHAPES, "--student", "deit_t", "--batch-size", 40, "--epochs", epochs]
     run(*command, "--out", tmp_path / "whole", timeout=900)
     folder, r, while_writing = tmp_path / "killed", random.Random(kills), 0
