@@ -368,8 +368,8 @@ def read_split(name, split, args):
                     f"another folder of CLASS/*), or be one of cifar10, cifar100, shapes")
     try:
         images = ClassFolders(folder, loader=open_rgb, allow_empty=True)
-    except OSError as error:
-        raise Abort(f"no class folders in {folder}: {error}")
+    except (OSError, ValueError) as error:  # ValueError: there is no class folder
+        raise Abort(f"no images in {folder}: {error}")
     empty = [images.classes[c] for c in sorted(set(range(len(images.classes)))
                                                - set(images.targets))]
     if not images.samples:

@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import re
 import signal
 import time
 
@@ -512,3 +513,13 @@ def test_a_rank_alone_names_its_fault(teacher, tmp_path):
     _, err = run(*torchrun(2, "dearkd.py", *flags), status=1)
     assert "dearkd.py: error: cannot write " in err and "Error" not in err.split(
         "cannot write")[0]
+
+
+@pytest.mark.slow
+def test_demo_without_data_prints_its_table():
+    out, _ = run("dearkd.py", "--demo-data-free", timeout=1500)
+    table = out.splitlines()[-4:]
+    assert [re.split("diversity|top-1", line)[0].strip() for line in table] == [
+        "CNN", "student, noise", "student, DeepInversion", "student, DF-DearKD"]
+    top1 = [float(line.split("top-1")[1].split("%")[0]) for line in table]
+    assert top1[0] > 90 and top1[2] > top1[1] + 5 and top1[3] > top1[1] + 5

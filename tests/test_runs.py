@@ -168,8 +168,8 @@ def test_bad_inputs_are_one_line_and_status_2(photos, tmp_path, capsys, monkeypa
 def test_bad_input_of_a_real_process_has_no_traceback(tmp_path):
     out, err = run("vitkd.py", "--data", tmp_path, status=2)
     assert out == "" and err == (f"vitkd.py: error: no folder {tmp_path}/train: --data must hold "
-                                 "train/CLASS/* and val/CLASS/*, or be one of cifar10, cifar100, "
-                                 "shapes\n")
+                                 "train/CLASS/* and val/CLASS/* (or --val another folder of "
+                                 "CLASS/*), or be one of cifar10, cifar100, shapes\n")
 
 
 def test_batch_not_divisible_by_the_processes():
