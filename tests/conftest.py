@@ -102,6 +102,19 @@ def finish(process, timeout=240):
     return process.returncode, out, err
 
 
+def children(pid):
+    """Process ids of its child processes."""
+    found = []
+    for stat in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            fields = Path("/proc", stat, "stat").read_text().rsplit(")", 1)[1].split()
+            if int(fields[1]) == pid:
+                found.append(int(stat))
+        except OSError:
+            continue
+    return found
+
+
 def torchrun(processes, script, *arguments):
     """A torchrun command that picks a free port."""
     return ("torchrun", "--standalone", "--nproc_per_node", processes, script, *arguments)

@@ -13,7 +13,6 @@ import subprocess
 import sys
 import termios
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from conftest import (
     DATA,
     MICRO,
     ROOT,
+    children,
     environment,
     finish,
     in_process,
@@ -360,18 +360,6 @@ def test_a_signal_before_training_is_no_traceback(tmp_path):
     code, _, err = finish(process, timeout=30)
     assert code in (1, 130, -signal.SIGINT)  # 130 as soon as Python and torch are loaded
     assert code != 130 or "Traceback" not in err
-
-
-def children(pid):
-    found = []
-    for stat in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            fields = Path("/proc", stat, "stat").read_text().rsplit(")", 1)[1].split()
-            if int(fields[1]) == pid:
-                found.append(int(stat))
-        except OSError:
-            continue
-    return found
 
 
 def test_sigterm_under_torchrun_ends_all_ranks(teacher, tmp_path):

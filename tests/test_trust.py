@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, MICRO, ROOT, finish, make_photos, start, torchrun
+from conftest import DATA, MICRO, ROOT, children, finish, make_photos, start, torchrun
 from PIL import Image
 from torch.utils.data import DataLoader
 
@@ -107,19 +107,6 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(tmp_path):
 # ------------------------------------------------------------------ ranks and nodes
 
 
-def ranks_of(pid):
-    """Child processes of a torchrun agent."""
-    found = []
-    for stat in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            fields = Path("/proc", stat, "stat").read_text().rsplit(")", 1)[1].split()
-            if int(fields[1]) == pid:
-                found.append(int(stat))
-        except OSError:
-            continue
-    return found
-
-
 def test_an_elastic_restart_finishes_the_run(tmp_path):
     """torchrun --max-restarts 2: one rank is killed, all are started again, --resume auto. Without
     that variable the ranks of the second start may find the addresses of the first."""
@@ -130,7 +117,7 @@ def test_an_elastic_restart_finishes_the_run(tmp_path):
         patch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
         process = start(*words[:1], "--max-restarts", 2, *words[1:])
     wait_for((tmp_path / "run" / "last.pth").exists, process)
-    os.kill(max(ranks_of(process.pid)), signal.SIGKILL)
+    os.kill(max(children(process.pid)), signal.SIGKILL)
     code, _, err = finish(process)
     assert code == 0, err[-3000:]
     assert [line["epoch"] for line in lines_of(tmp_path / "run")] == list(range(1, 13))
@@ -162,7 +149,7 @@ def test_two_nodes_and_then_one_process(tmp_path):
         assert code == 0, err[-3000:]
     agents = two_nodes("--out", tmp_path / "cut")
     wait_for((tmp_path / "cut" / "last.pth").exists, agents[0])
-    for pid in [pid for agent in agents for pid in ranks_of(agent.pid)]:
+    for pid in [pid for agent in agents for pid in children(agent.pid)]:
         os.kill(pid, signal.SIGKILL)
     for agent in agents:
         assert finish(agent)[0] != 0
@@ -337,7 +324,7 @@ def test_soak(tmp_path):
             epoch = log.read_text().count("\n")
             memory = int((proc / "statm").read_text().split()[1]) * resource.getpagesize() / 2**20
             seen.append((epoch, memory, len(list((proc / "fd").iterdir())),
-                         tuple(sorted(ranks_of(process.pid)))))
+                         tuple(sorted(children(process.pid)))))
         except OSError:
             continue
     code, _, err = finish(process)
