@@ -46,7 +46,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torchvision.datasets.folder import default_loader
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
 import common
@@ -411,13 +410,13 @@ def train(args, device):
     transform = common.train_transform(args.image_size, (args.crop_scale, 1.0))
     train_set, val_set, num_classes = common.rank_zero_first(
         lambda: common.load_data(args, transform))
-    args.train_images = len(train_set)
     bank_set = copy.copy(train_set)  # the same images, as k-NN sees them
     bank_set.transform = common.val_transform(args.image_size)
     autocast, scaler = common.set_precision(args, device)
 
     teacher = common.rank_zero_first(lambda: load_teacher(
         args.teacher, args.teacher_weights, args.image_size)).to(device)
+    args.teacher_checksum = common.checksum(teacher)
     dim, depth, num_heads = SIZES[args.student]
     arch = {"image_size": args.image_size, "patch_size": args.patch_size, "dim": dim,
             "depth": depth, "num_heads": num_heads, "num_classes": 0}
@@ -436,19 +435,20 @@ def train(args, device):
         project.load_state_dict(checkpoint["projector"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         scaler.load_state_dict(checkpoint["scaler"])
+        del checkpoint  # its memory
 
     def knn(vit):  # {"knn10": top-1 in percent, "knn20": ..}
         top1 = eval_knn.evaluate(vit, bank_set, val_set, args, device, autocast, num_classes)
         return {f"knn{k}": top1[k][0] for k in top1}
 
     loader = common.train_loader(train_set, args)
-    if not checkpoint and not args.dry_run:
+    if not first_epoch and not args.dry_run:
         common.say(f"teacher {args.teacher}, k-NN top-1: " + ", ".join(
             f"{value:.2f} % ({name})" for name, value in knn(teacher).items()))
+    teach = teacher.class_token_and_attention
     if args.compile:  # in place: the names in state_dict() stay; evaluation runs eagerly
         model.compile(dynamic=False)
-        teacher.class_token_and_attention = torch.compile(teacher.class_token_and_attention,
-                                                          dynamic=False)
+        teach = torch.compile(teach, dynamic=False)
     ddp = model
     if common.world_size() > 1:
         ddp = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
@@ -467,7 +467,7 @@ def train(args, device):
                 with contextlib.nullcontext() if last or ddp is model else ddp.no_sync():
                     with autocast():
                         with torch.no_grad():
-                            guide = teacher.class_token_and_attention(images[part])
+                            guide = teach(images[part])
                         losses = ddp(images[part], *guide)
                     scaler.scale(weight * sum(losses.values())).backward()
                 books.add(losses, weight)
@@ -514,15 +514,15 @@ def visualize(args):
     tiles, captions = [], []
     for path in args.visualize:
         try:
-            image = transform(default_loader(path))
+            image = transform(common.open_rgb(path))[None]                  # (1, 3, S, S) uint8
         except Exception as error:  # noqa: BLE001 - decoders raise whatever they like
             raise common.Abort(f"cannot read the image {path}: {error}")
-        pixels = image * torch.tensor(common.STD)[:, None, None]
-        pixels = enlarge((pixels + torch.tensor(common.MEAN)[:, None, None])[None], tile)
-        tiles.append(pixels)                                                # (1, 3, S, S)
+        pixels = enlarge(image / 255, tile)
+        tiles.append(pixels)
         captions = ["image"]
         for name, vit in vits.items():
-            attn = vit.class_token_and_attention(image[None])[1][0, :, 1:]  # (H, N)
+            x = common.normalize(image, "cpu")
+            attn = vit.class_token_and_attention(x)[1][0, :, 1:]            # (H, N)
             maps = torch.cat([attn.mean(0, keepdim=True), attn])            # (1+H, N)
             maps = maps / maps.amax(1, keepdim=True)
             g = math.isqrt(maps.shape[1])

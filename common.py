@@ -16,6 +16,7 @@ Nothing here knows a model or a loss. In the order of a run:
 
 import argparse
 import datetime
+import fcntl
 import functools
 import json
 import math
@@ -25,7 +26,9 @@ import resource
 import signal
 import sys
 import time
+import traceback
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -78,8 +81,9 @@ _signal = 0  # number of the SIGTERM or SIGINT that was received
 
 def _receive(number, frame):
     global _signal
-    _signal = number
-    if not _held:
+    first, _signal = not _signal, number
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if a loader's workers die of it, too: no error
+    if first and not _held:
         stop(number, "before anything was kept")
 
 
@@ -106,7 +110,7 @@ def stop_together(device, when):
 
 
 def run(main):
-    """Run a script's main(); Abort and Stopped become one line on stderr and an exit status."""
+    """Run a script's main(); what users can mend becomes one line on stderr and an exit status."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _receive)
     status = 0
@@ -114,16 +118,29 @@ def run(main):
         try:
             main()
         except Unreadable as error:  # from a loader's worker: the message is its last line
-            raise Abort(str(error).splitlines()[-1].removeprefix("common.Unreadable: "), 1)
-        except RuntimeError:
-            if not _signal:
-                raise
-            stop(_signal, "together with its workers; OUT/last.pth keeps the last epoch finished")
+            raise Abort(str(error).splitlines()[-1].removeprefix("common.Unreadable: "), 1, True)
+        except (Abort, RuntimeError) as error:  # also what a worker's death made of something else
+            if str(error).startswith("DataLoader"):
+                time.sleep(1)  # a signal for all processes may have reached the workers first
+            if _signal:
+                stop(_signal, "together with its workers; OUT/last.pth keeps the last epoch "
+                     "finished")
+            if isinstance(error, torch.OutOfMemoryError):
+                raise Abort("out of GPU memory: try a smaller --micro-batch", 1, True)
+            if str(error).startswith("DataLoader"):
+                raise Abort(f"the processes that read images fail, as they do when memory is short "
+                            f"(try fewer --workers) or a disk hangs: {error}", 1, True)
+            raise
     except (Abort, Stopped) as end:
         if local_rank() == 0 or getattr(end, "alone", False):
             kind = "error: " if isinstance(end, Abort) else ""
             print(f"{SCRIPT}: {kind}{end}", file=sys.stderr, flush=True)
         status = end.status
+    except Exception:
+        if not dist.is_initialized():
+            raise
+        traceback.print_exc()
+        status = 1
     if dist.is_initialized():
         if status or dist.get_backend() == "gloo":  # tear-down may wait for a rank that has left
             sys.stdout.flush()
@@ -193,6 +210,15 @@ def rank_zero_first(load):
     return loaded[0] if rank() == 0 else load()
 
 
+def require_same(value, complaint):
+    """Raise Abort on all ranks if they have different values."""
+    values = [value] * world_size()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    if len(set(values)) > 1:
+        raise Abort(f"{complaint}: {', '.join(map(str, values))}")
+
+
 def say(text):
     if rank() == 0:
         tqdm.write(text)
@@ -213,29 +239,49 @@ def mix_seed(*numbers):
 
 
 def train_transform(image_size, scale=(0.08, 1.0), rand_augment=0, random_erasing=0.0):
-    """PIL image -> normalised float (3, S, S): crop, flip, RandAugment (2 operations), erasing."""
-    fill = [round(255 * channel) for channel in MEAN]
-    steps = [v2.RandomResizedCrop(image_size, scale, interpolation=InterpolationMode.BICUBIC),
+    """PIL image or uint8 (3, H, W) -> uint8 (3, S, S): crop, flip, RandAugment (2 operations).
+
+    With RandomErasing there is a fourth plane, set where normalize() shall put noise.
+    """
+    steps = [v2.PILToTensor(),
+             v2.RandomResizedCrop(image_size, scale, interpolation=InterpolationMode.BICUBIC),
              v2.RandomHorizontalFlip()]
     if rand_augment:
         # The recipe counts magnitudes in tenths of each operation's range: 0, 1, ..., 10.
-        steps.append(v2.RandAugment(2, rand_augment, num_magnitude_bins=11, fill=fill,
-                                    interpolation=InterpolationMode.BICUBIC))
-    steps += normalize()
+        fill = [round(255 * channel) for channel in MEAN]
+        augment = v2.RandAugment(2, rand_augment, num_magnitude_bins=11, fill=fill,
+                                 interpolation=InterpolationMode.BICUBIC)  # which needs PIL
+        steps += [v2.ToPILImage(), augment, v2.PILToTensor()]
     if random_erasing:
-        steps.append(v2.RandomErasing(random_erasing, value="random"))
+        steps += [functools.partial(torch.nn.functional.pad, pad=(0, 0, 0, 0, 0, 1)),  # (4, S, S)
+                  v2.RandomErasing(random_erasing, value=[0, 0, 0, 255])]
     return v2.Compose(steps)
 
 
 def val_transform(image_size):
-    """PIL image -> normalised float (3, S, S): short side to 256/224 of S bicubic, centre crop."""
+    """PIL image or uint8 (3, H, W) -> uint8 (3, S, S): short side to 256/224 of S bicubic, centre
+    crop."""
     short_side = round(image_size * 256 / 224)
-    return v2.Compose([v2.Resize(short_side, interpolation=InterpolationMode.BICUBIC),
-                       v2.CenterCrop(image_size), *normalize()])
+    return v2.Compose([v2.PILToTensor(),
+                       v2.Resize(short_side, interpolation=InterpolationMode.BICUBIC),
+                       v2.CenterCrop(image_size)])
 
 
-def normalize():
-    return [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+def normalize(images, device):
+    """A loader's uint8 (B, 3, S, S) -> normalised float (B, 3, S, S) on the device, where a fourth
+    plane is set noise (of the loop's random numbers). Drawn shapes are such floats already."""
+    images = images.to(device, non_blocking=True)
+    if images.is_floating_point():
+        return images
+    mean, std = channel_statistics(device)
+    x = (images[:, :3] - mean).div_(std)
+    return x if images.shape[1] == 3 else torch.where(images[:, 3:] > 0, torch.randn_like(x), x)
+
+
+@functools.cache
+def channel_statistics(device):
+    """Mean and standard deviation of 0..255, (3, 1, 1) each."""
+    return [255 * torch.tensor(values, device=device)[:, None, None] for values in (MEAN, STD)]
 
 
 class Photos(Dataset):
@@ -327,7 +373,8 @@ def class_balanced_subset(labels, fraction):
 
 def load_data(args, transform):
     """(training set, validation set, number of classes) of --data, or the validation set of --val;
-    raises Abort if they aren't there or differ in their classes.
+    raises Abort if they aren't there or differ in their classes. Sets args.images, by which other
+    processes and resumed runs are known to have the same files.
 
     `transform` is the training transform; shapes are fresh every epoch and need none.
     """
@@ -339,6 +386,8 @@ def load_data(args, transform):
                     f"{'' if args.val else '/val'} differ: {', '.join(odd[:5])} in only one of "
                     f"them ({len(odd)} in all)")
     num_classes = len(train.classes)
+    checksum = zlib.crc32(repr([getattr(split, "names", "") for split in (train, val)]).encode())
+    args.images = f"{len(train)} + {len(val)}, names' checksum {checksum:08x}"
     if not isinstance(train, Shapes):
         train = Photos(train, transform, args.seed,
                        class_balanced_subset(train.targets, args.data_fraction))
@@ -349,7 +398,7 @@ def load_data(args, transform):
 
 def read_split(name, split, args):
     """The "train" or "val" images of `name`, a folder or a word: a data set with .classes, its
-    images as PIL opens them (Shapes: as they are drawn). Raises Abort."""
+    images as they are read (Shapes: as they are drawn). Raises Abort."""
     if name == "shapes":
         length = max(10, round(4000 * args.data_fraction)) if split == "train" else 1000
         return Shapes(split, args.image_size, length, args.seed)
@@ -367,12 +416,12 @@ def read_split(name, split, args):
         raise Abort(f"no folder {folder}: --data must hold train/CLASS/* and val/CLASS/* (or --val "
                     f"another folder of CLASS/*), or be one of cifar10, cifar100, shapes")
     try:
-        images = ClassFolders(folder, loader=open_rgb, allow_empty=True)
+        images = ClassFolders(folder)
     except (OSError, ValueError) as error:  # ValueError: there is no class folder
         raise Abort(f"no images in {folder}: {error}")
     empty = [images.classes[c] for c in sorted(set(range(len(images.classes)))
                                                - set(images.targets))]
-    if not images.samples:
+    if not len(images):
         raise Abort(f"no images in {folder} (class folders: {', '.join(empty[:5])})")
     if empty:
         warn(f"no images in {folder} of {len(empty)} classes: {', '.join(empty[:5])}")
@@ -380,7 +429,15 @@ def read_split(name, split, args):
 
 
 class ClassFolders(datasets.ImageFolder):
-    """ImageFolder that does not take hidden folders for classes."""
+    """ImageFolder that does not take hidden folders for classes, and whose list of files is two
+    arrays: workers that read a list of a million tuples come to have a copy of it each."""
+
+    def __init__(self, folder):
+        super().__init__(folder, loader=open_rgb, allow_empty=True)
+        self.names = zlib.crc32("\n".join(
+            os.path.relpath(path, folder) for path, _ in self.samples).encode(errors="replace"))
+        self.samples = self.imgs = Samples(self.samples)
+        self.targets = self.samples.labels
 
     def find_classes(self, directory):
         classes = sorted(entry.name for entry in os.scandir(directory)
@@ -388,15 +445,34 @@ class ClassFolders(datasets.ImageFolder):
         return classes, {name: i for i, name in enumerate(classes)}
 
 
+class Samples:
+    """[(path, label), ...] without a Python object for each: counting references writes to it."""
+
+    def __init__(self, samples):
+        names = [os.fsencode(path) for path, _ in samples]
+        self.names = np.frombuffer(b"".join(names), np.uint8)
+        self.ends = np.cumsum([0, *map(len, names)])
+        self.labels = np.array([label for _, label in samples], int)
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, i):
+        name = self.names[self.ends[i]:self.ends[i + 1]].tobytes()
+        return os.fsdecode(name), int(self.labels[i])
+
+
 def open_rgb(path):
-    """The image file as PIL RGB, in its right colours."""
+    """The image file as uint8 (3, H, W), in its right colours."""
     with open(path, "rb") as file:
         image = Image.open(file)
+        if max(image.size) > 50 * min(image.size):  # its short side brought to 256 px fills memory
+            raise ValueError(f"{image.size[0]} x {image.size[1]} pixels are no photo")
         if image.mode.startswith("I"):  # 16 bit grey: PIL would cut values off at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         if image.mode == "P":  # a palette that may have transparency, which is dropped
             image = image.convert("RGBA")
-        return image.convert("RGB")
+        return v2.functional.pil_to_tensor(image.convert("RGB"))
 
 
 class ShardedBatches:
@@ -433,11 +509,14 @@ def _start_worker(worker):
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    if _lock:
+        os.close(_lock)  # it is the parent's: gone when the parent is
 
 
 def make_loader(dataset, workers, **keywords):
     return DataLoader(dataset, num_workers=workers, worker_init_fn=_start_worker,
                       pin_memory=torch.cuda.is_available(),
+                      timeout=1800 if workers else 0,  # seconds; a disk may hang for ever
                       generator=torch.Generator(),  # its own: the loop's random numbers stay put
                       **keywords)
 
@@ -469,6 +548,7 @@ def set_precision(args, device):
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     elif args.amp != "off":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
+    torch.backends.cudnn.allow_tf32 = args.amp != "off"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=args.amp != "off")
     return autocast, torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
@@ -540,7 +620,7 @@ class Epoch:
                 scale = world_size() / self.loader.batch_sampler.batch_images(step)
                 parts = [(slice(start, start + m), min(m, n - start) * scale, start + m >= n)
                          for start in range(0, n, m)]
-                yield (images.to(self.device, non_blocking=True),
+                yield (normalize(images, self.device),
                        target.to(self.device, non_blocking=True), parts)
 
     def _source(self, epoch):
@@ -571,30 +651,32 @@ class Epoch:
 
     def optimizer_step(self, optimizer, scaler):
         """Clip and step, unless a loss was not finite on any rank (ten such in a row are an
-        error): all ranks agree on that, and on stopping for a signal, too."""
+        error): all ranks agree on that, and on stopping for a signal, too. Returns whether the
+        step was skipped."""
         scaler.unscale_(optimizer)
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         norm = torch.nn.utils.clip_grad_norm_(parameters, self.args.clip_grad or math.inf)
-        finite = sum(self.step_losses.values()).isfinite()
-        if not scaler.is_enabled():  # an fp16 overflow is the scaler's business
-            finite = finite & norm.isfinite()
-        flags = torch.stack([~finite, torch.tensor(_signal, device=self.device)])
+        good, fits = sum(self.step_losses.values()).isfinite(), norm.isfinite()
+        # fp16: where gradients don't fit the scaler halves its scale, which in the end is 1.
+        bad = ~good | ~fits & (scaler.get_scale() <= 1)
+        signal_number = torch.full((), _signal, device=self.device)  # torch.tensor would wait
+        flags = torch.stack([~(good & fits), bad, signal_number])
         if dist.is_initialized():
             dist.all_reduce(flags, dist.ReduceOp.MAX)
-        bad, number = flags.tolist()
-        if not bad:
+        skip, bad, number = flags.tolist()
+        if not self.bar.disable:
+            self.bar.set_postfix({n: f"{float(v):.3g}" for n, v in self.step_losses.items()},
+                                 refresh=False)
+        if not skip:
             scaler.step(optimizer)
             for name, loss in self.step_losses.items():
                 self.sums[name] = self.sums.get(name, 0) + loss
         scaler.update()
         optimizer.zero_grad()
-        if not self.bar.disable:
-            self.bar.set_postfix({n: f"{float(v):.3g}" for n, v in self.step_losses.items()},
-                                 refresh=False)
         self.bar.update()
         self.step += 1
         self.step_losses = {}
-        self.skipped += bad
+        self.skipped += skip
         Epoch.bad_steps_in_a_row = Epoch.bad_steps_in_a_row + 1 if bad else 0
         last = Path(self.args.out) / "last.pth"
         kept = f"{last} keeps epoch {self.epoch}" if self.epoch else "no epoch was finished"
@@ -604,6 +686,7 @@ class Epoch:
         if Epoch.bad_steps_in_a_row == 10:
             raise Abort(f"the loss was not finite ten steps in a row, {where}; {kept}; try a lower "
                         f"--lr or --amp off", 1)
+        return skip
 
     def record(self):
         """The epoch's line for log.jsonl: losses (mean of steps and ranks), speed, memory."""
@@ -643,7 +726,7 @@ def evaluate(model, loader, device, autocast, max_batches=None):
         if batch == max_batches or _signal:
             break
         with autocast():
-            logits = model(images.to(device, non_blocking=True)).float()
+            logits = model(normalize(images, device)).float()
         hits = logits.topk(min(5, logits.shape[1])).indices.cpu() == target[:, None]
         hits, unreadable = hits[skipped == 0], unreadable + int((skipped > 0).sum())
         top1, top5, count = top1 + int(hits[:, 0].sum()), top5 + int(hits.sum()), count + len(hits)
@@ -673,6 +756,9 @@ def write_whole(path, write):
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)  # the renaming, too
+        os.close(folder)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if not isinstance(error, (OSError, RuntimeError)):  # torch.save's: RuntimeError
@@ -755,9 +841,37 @@ def unlike(state, expected):
             for what, names in groups.items() if names]
 
 
+_lock = None  # file descriptor of --out, locked against other runs
+
+
+def lock(folder):
+    """Raise Abort if another run, say the one that this one is to replace, still writes there."""
+    global _lock
+    if _lock:
+        os.close(_lock)
+    _lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Abort(f"another run writes to --out {folder}: wait for its end, or stop it")
+    except OSError:
+        pass  # a file system that knows no locks
+
+
+def checksum(module):
+    """CRC-32 of a module's weights and buffers, but for position embeddings, which were perhaps
+    resized, and rounded as this machine does."""
+    crc = 0
+    for name, value in module.state_dict().items():
+        if not name.endswith("pos_embed"):
+            crc = zlib.crc32(value.cpu().numpy().tobytes(), crc)
+    return crc
+
+
 def open_run(args):
     """Make or check --out. Returns last.pth's content if the run goes on from it, else None."""
     hold_signals()
+    require_same(args.images, "the processes do not have the same images in --data and --val")
     if args.dry_run:
         return None
     out, checkpoint = Path(args.out), None
@@ -775,26 +889,34 @@ def open_run(args):
             say(f"{last} is of a finished run: nothing is left to do")
     elif last.exists():
         raise Abort(f"{out} already holds a run: --resume goes on with it, --out takes another")
-    epochs = [checkpoint and checkpoint["epoch"]] * world_size()
-    if dist.is_initialized():  # also: all have looked before rank 0 writes
-        dist.all_gather_object(epochs, epochs[0])
-    if len(set(epochs)) > 1:
-        raise Abort(f"--out {out} is not the same folder for all processes: they must share it")
+    # also: all have looked before rank 0 writes
+    require_same(checkpoint and checkpoint["epoch"], f"--out {out} is not the same folder for all "
+                 f"processes: they must share it; epochs finished, by process")
 
     def prepare():
-        # A run killed between its log line and its checkpoint does that epoch again.
-        lines = log.read_text().splitlines() if checkpoint and log.exists() else []
-        kept = [line for line in lines if line.endswith("}")
-                and json.loads(line)["epoch"] <= checkpoint["epoch"]]
         try:
             out.mkdir(parents=True, exist_ok=True)
-            (out / "args.json").write_text(json.dumps(
-                {**vars(args), "processes": world_size(), "torch": torch.__version__}, indent=1))
-            temporary = out / "log.jsonl.tmp"
-            temporary.write_text("".join(f"{line}\n" for line in kept))
-            temporary.replace(log)
+            lock(out)
+            for stray in out.glob("*.tmp"):  # of a run that was killed while writing
+                stray.unlink()
+            lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         except OSError as error:
             raise Abort(f"cannot write to --out {out}: {error}")
+        # A run killed between its log line and its checkpoint does that epoch again.
+        done, kept = checkpoint["epoch"] if checkpoint else 0, []
+        for line in lines:
+            try:
+                if json.loads(line)["epoch"] <= done:
+                    kept.append(line)
+            except (KeyError, TypeError, ValueError):
+                continue  # cut off, or damaged
+        if len(lines) > 1 and not checkpoint:
+            raise Abort(f"{log} is of {len(lines)} epochs, but there is no {last}: take another "
+                        f"--out, or delete that file to start anew")
+        settings = {**vars(args), "processes": world_size(), "torch": torch.__version__}
+        write_whole(out / "args.json", lambda file: file.write(
+            json.dumps(settings, indent=1).encode()))
+        write_whole(log, lambda file: file.write("".join(f"{k}\n" for k in kept).encode()))
 
     on_rank_zero(prepare)
     return checkpoint
@@ -811,6 +933,8 @@ def log_epoch(args, record, seconds_left):
         try:
             with open(Path(args.out) / "log.jsonl", "a") as file:
                 file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
         except OSError as error:
             raise Abort(f"cannot write {args.out}/log.jsonl: {error}", 1, alone=True)
     hidden = {"epoch", "seconds", "data_wait", "peak_memory_gb"}

@@ -42,6 +42,7 @@ On a laptop, in minutes, with nothing to download:
 import collections
 import contextlib
 import copy
+import datetime
 import difflib
 import functools
 import json
@@ -52,7 +53,6 @@ import sys
 import tempfile
 import time
 import types
-import zlib
 from pathlib import Path
 
 import torch
@@ -64,8 +64,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Subset
 from torchvision import models
-from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import default_loader
 from torchvision.models.feature_extraction import (
     create_feature_extractor,
     get_graph_node_names,
@@ -134,6 +132,7 @@ class Aligner(nn.Module):
     def __init__(self, student_dim, teacher_channels):
         super().__init__()
         self.depthwise = nn.Conv2d(student_dim, student_dim, 3, padding=1, groups=student_dim)
+        self.depthwise.to(memory_format=torch.channels_last)  # as the tokens are
         self.norm = nn.LayerNorm(student_dim, eps=1e-6)
         self.linear = nn.Linear(student_dim, teacher_channels)
 
@@ -268,8 +267,8 @@ class ViT(nn.Module):
             raise ValueError(f"images of {tuple(images.shape[-2:])} pixels, but this ViT is built "
                              f"for image_size={self.image_size}")
         x = self.patch_embed(images)                                        # (B, N, D)
-        prefix = torch.cat([self.cls_token, self.dist_token], 1).expand(len(x), -1, -1)
-        return torch.cat([prefix, x], 1) + self.pos_embed                   # (B, 2+N, D)
+        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token)]
+        return torch.cat([*prefix, x], 1) + self.pos_embed                  # (B, 2+N, D)
 
     def features(self, images, after=()):
         """(hidden, logits): patch tokens (B, N, D) after each of the blocks numbered in `after`
@@ -477,7 +476,7 @@ def load_teacher(name, weights=None, num_classes=1000):
                     str(k).removeprefix("module.")): v for k, v in state.items()
              if not str(k).startswith(("aux", "AuxLogits"))}
     bias = [v for k, v in state.items() if k.endswith("bias") and getattr(v, "ndim", 0) == 1]
-    classes = len(bias[-1]) if bias else num_classes or 1000
+    classes = min(len(bias[-1]), 2**20) if bias else num_classes or 1000
     cnn = make_cnn(cnn_name, classes)
     state = {**{k: v for k, v in cnn.state_dict().items() if k.endswith("num_batches_tracked")},
              **state}  # old files lack BatchNorm's counter, which nothing here reads
@@ -549,7 +548,7 @@ def train(args, device):
                                        args.random_erasing)
     train_set, val_set, num_classes = common.rank_zero_first(
         lambda: common.load_data(args, transform))
-    args.num_classes, args.train_images = num_classes, len(train_set)
+    args.num_classes = num_classes
     autocast, scaler = common.set_precision(args, device)
 
     teacher, hints, aligners = None, [], nn.ModuleList()
@@ -568,6 +567,7 @@ def train(args, device):
         if args.teacher != "none":
             teacher = common.rank_zero_first(lambda: load_teacher(
                 args.teacher, args.teacher_weights, num_classes)).to(device)
+            args.teacher_checksum = common.checksum(teacher)
             hints = parse_hints(args.hints, depth, teacher.stages, student.grid_size)
             aligners.extend(Aligner(dim, teacher.stages[stage - 1][1]) for _, stage in hints)
     if device.type == "cuda":  # convolutions are faster so
@@ -590,17 +590,18 @@ def train(args, device):
         scaler.load_state_dict(checkpoint["scaler"])
         if ema:
             ema.load_state_dict(checkpoint["ema"])
+        del checkpoint  # its memory
 
     loader, val_batches = common.train_loader(train_set, args), common.val_loader(val_set, args)
-    if teacher and not checkpoint:
+    if teacher and not first_epoch:
         check_teacher(teacher, hints, val_batches, device, autocast, args)
     mix = [v2.MixUp(alpha=args.mixup, num_classes=num_classes)] if args.mixup else []
     mix += [v2.CutMix(alpha=args.cutmix, num_classes=num_classes)] if args.cutmix else []
     mix = v2.RandomChoice(mix) if mix else lambda *batch: batch  # one of them per batch
+    teach = teacher and teacher.features
     if args.compile:  # in place: the names in state_dict() stay; evaluation runs eagerly
         model.compile(dynamic=False)
-        if teacher:
-            teacher.features = torch.compile(teacher.features, dynamic=False)
+        teach = teach and torch.compile(teach, dynamic=False)
     prepared, began, record = time.perf_counter() - started, time.perf_counter(), None
 
     epochs, timed = range(first_epoch, args.epochs), []
@@ -614,7 +615,7 @@ def train(args, device):
             if common.world_size() > 1:
                 ddp = DistributedDataParallel(
                     model, device_ids=[device] if device.type == "cuda" else None,
-                    gradient_as_bucket_view=True, broadcast_buffers=bool(args.train_teacher))
+                    gradient_as_bucket_view=True)
         torch.manual_seed(common.mix_seed(args.seed, epoch, common.rank()))
         books = common.Epoch(loader, epoch, args, device)
         model.train()
@@ -623,15 +624,18 @@ def train(args, device):
             for group in optimizer.param_groups:
                 group["lr"] = lr
             images, target = mix(images, target)
+            statistics = [b.clone() for b in student.buffers()] if args.train_teacher else []
             for part, weight, last in parts:  # micro-batches; weight: share of the step's mean
                 with contextlib.nullcontext() if last or ddp is model else ddp.no_sync():
                     with autocast():
                         with torch.no_grad():
-                            guide = teacher.features(images[part]) if stage == 1 else None
+                            guide = teach(images[part]) if stage == 1 else None
                         losses = ddp(images[part], target[part], guide)
                     scaler.scale(weight * sum(losses.values())).backward()
                 books.add(losses, weight)
-            books.optimizer_step(optimizer, scaler)  # clips; skips a step that is not finite
+            skipped = books.optimizer_step(optimizer, scaler)  # clips; skips what is not finite
+            for now, before in zip(student.buffers(), statistics if skipped else []):
+                now.copy_(before)  # or BatchNorm would stay NaN
             if ema:
                 ema.update_parameters(student)
         if args.dry_run:
@@ -645,12 +649,15 @@ def train(args, device):
         record = {**books.record(), **({"stage": stage} if teacher else {}), "lr": lr}
         top1 = None
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            for buffer in trained.buffers() if args.train_teacher and ddp is not model else []:
+                dist.broadcast(buffer, 0)  # each rank's BatchNorm has seen other images
             record.update(common.evaluate(trained, val_batches, device, autocast))
             top1 = record["top1"]
         stage_ends = epoch + 1 == args.epochs or teacher and epoch + 1 == args.stage1_epochs
         if stage_ends and not args.train_teacher and common.rank() == 0:
             some = Subset(val_set, range(0, len(val_set), math.ceil(len(val_set) / 64)))
-            batches = [images.to(device) for images, *_ in DataLoader(some, batch_size=8)]
+            batches = [common.normalize(images, device)
+                       for images, *_ in DataLoader(some, batch_size=8)]
             distance = sum(len(images) * attention_distance(trained.eval(), images).mean(1)
                            for images in batches) / len(some)
             record["attention_distance"] = distance.tolist()  # of each block, in patches
@@ -851,7 +858,7 @@ def synthesize(teacher, labels, image_size, seed=0, competitor=None, competition
                 optimizer.step()
                 with torch.no_grad():
                     images.clamp_(black, white)
-                if step % 100 == 0 and not images.isfinite().all():
+                if (step % 100 == 0 or step == steps - 1) and not images.isfinite().all():
                     raise common.Abort("the images became NaN: try a lower --image-lr, or --amp "
                                        "off", 1, alone=True)
                 if report:
@@ -892,15 +899,15 @@ def figures(base, teacher, verifier, args, device, autocast):
     workers = 0
     if not isinstance(base, common.Shapes):  # no margin is cut off: images of S px stay as they are
         workers, base = args.workers, common.Photos(base, v2.Compose([
-            v2.Resize(S, interpolation=v2.InterpolationMode.BICUBIC), v2.CenterCrop(S),
-            *common.normalize()]))
+            v2.PILToTensor(), v2.Resize(S, interpolation=v2.InterpolationMode.BICUBIC),
+            v2.CenterCrop(S)]))
     sums, features, labels = collections.Counter(), [], []
     with watch(teacher) as seen:
         for images, target, _ in common.make_loader(Subset(base, chosen.tolist()), workers,
                                                     batch_size=100):
             if common.signalled():
                 common.stop(common.signalled(), "while judging images, which are all kept")
-            images, target = images.to(device), target.to(device)
+            images, target = common.normalize(images, device), target.to(device)
             with autocast():
                 p = teacher(images).float().softmax(1)                      # (B, C)
                 votes = verifier(images) if verifier else None              # (B, C)
@@ -1023,9 +1030,8 @@ def fill_folder(args, device):
         raise common.Abort(f"the teacher has {num_classes} classes, {source} {len(names)}")
 
     out = Path(args.synthesize)
-    weights = b"".join(v.cpu().numpy().tobytes() for v in teacher.state_dict().values())
     record = common.on_rank_zero(lambda: open_folder(out, {
-        "settings": {**settings, "weights": zlib.crc32(weights), **{k: getattr(args, k) for k in (
+        "settings": {**settings, "weights": common.checksum(teacher), **{k: getattr(args, k) for k in (
             "amp", "image_size", "images_per_class", "images_per_batch", "competitor",
             "competition", "seed")}}, "classes": names}, args.dry_run))
     batches = plan_batches(num_classes, args.images_per_class, args.images_per_batch, args.seed)
@@ -1046,6 +1052,9 @@ def fill_folder(args, device):
             common.warn(f"that is near chance: do {source}'s class folders sort in the order of "
                         f"the teacher's outputs?")
 
+    # Ranks meet after days, so not within the usual limit of an hour.
+    meet = functools.partial(dist.barrier, dist.new_group(
+        backend="gloo", timeout=datetime.timedelta(365))) if dist.is_initialized() else list
     mine, done = todo[common.rank()::common.world_size()], 0
     steps, started = settings["half_steps"] + settings["steps"], time.perf_counter()
     bar = tqdm(total=len(mine) * steps, leave=False, desc="synthesis",
@@ -1072,16 +1081,17 @@ def fill_folder(args, device):
             seconds = (time.perf_counter() - started) / (done + 1)
             common.say(f"batch {done + 1}/{len(mine)}: {len(images) / seconds:.3g} images/s, "
                        f"{common.duration(seconds * (len(mine) - done - 1))} left")
-    common.all_reduce([0], device)  # all are done
+    meet()  # all are done
     if common.rank() == 0:
         record["images"] = num_classes * args.images_per_class
         if todo:
             made = sum(len(batches[i][0]) for i in todo)
             record["images_per_second"] = made / (time.perf_counter() - started)
-        record["synthetic"] = figures(ImageFolder(out / "train"), teacher, verifier, args, device,
-                                      autocast)
+        record["synthetic"] = figures(common.ClassFolders(out / "train"), teacher, verifier, args,
+                                      device, autocast)
         say_figures("synthetic", record["synthetic"])
         write_json(out / "synthesis.json", record)
+    meet()
     return record
 
 
@@ -1097,7 +1107,8 @@ def visualize(args):
     model = load_student(args.weights)
     transform = common.val_transform(model.image_size)
     try:
-        images = torch.stack([transform(default_loader(path)) for path in args.visualize])
+        images = torch.stack([transform(common.open_rgb(path)) for path in args.visualize])
+        images = common.normalize(images, "cpu")
     except Exception as error:  # noqa: BLE001 - decoders raise whatever they like
         raise common.Abort(f"cannot read the images: {error}")
     distance = attention_distance(model, images)                            # (depth, H)

@@ -110,7 +110,7 @@ def extract_features(model, dataset, args, device, autocast, dtype=torch.float16
         if common.signalled():
             break
         with autocast():
-            z = model(images.to(device, non_blocking=True)).to(dtype)       # (B, D)
+            z = model(common.normalize(images, device)).to(dtype)           # (B, D)
         finite &= z.isfinite().all()
         rows = slice(at, at + common.world_size() * len(z), common.world_size())
         features[rows] = z
@@ -270,6 +270,7 @@ def compute_features(args, device):
     args.image_size = model.image_size
     train_set, test_set, num_classes = common.rank_zero_first(
         lambda: common.load_data(args, common.val_transform(args.image_size)))
+    common.require_same(args.images, "the processes do not have the same images in --data")
     autocast, _ = common.set_precision(args, device)
     dtype = torch.float32 if args.features == "fp32" else torch.float16
     features, started = {"num_classes": num_classes}, time.perf_counter()

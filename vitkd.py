@@ -387,7 +387,7 @@ def train(args, device):
                                        args.random_erasing)
     train_set, val_set, num_classes = common.rank_zero_first(
         lambda: common.load_data(args, transform))
-    args.num_classes, args.train_images = num_classes, len(train_set)
+    args.num_classes = num_classes
     autocast, scaler = common.set_precision(args, device)
 
     teacher, distiller = None, None
@@ -399,6 +399,7 @@ def train(args, device):
     if args.teacher != "none":
         teacher = common.rank_zero_first(lambda: load_teacher(
             args.teacher, args.teacher_weights, num_classes, args.image_size)).to(device)
+        args.teacher_checksum = common.checksum(teacher)
         if teacher.patch_size != args.patch_size:
             raise common.Abort(f"the teacher's patch size is {teacher.patch_size}, and ViTKD needs "
                                f"the same patches: --patch-size {teacher.patch_size}")
@@ -421,17 +422,18 @@ def train(args, device):
             distiller.load_state_dict(checkpoint["distiller"])
         if ema:
             ema.load_state_dict(checkpoint["ema"])
+        del checkpoint  # its memory
 
     loader, val_batches = common.train_loader(train_set, args), common.val_loader(val_set, args)
-    if teacher and not checkpoint:
+    if teacher and not first_epoch:
         check_teacher(teacher, val_batches, device, autocast, args)
     mix = [v2.MixUp(alpha=args.mixup, num_classes=num_classes)] if args.mixup else []
     mix += [v2.CutMix(alpha=args.cutmix, num_classes=num_classes)] if args.cutmix else []
     mix = v2.RandomChoice(mix) if mix else lambda *batch: batch  # one of them per batch
+    teach = teacher and teacher.features
     if args.compile:  # in place: the names in state_dict() stay; evaluation runs eagerly
         model.compile(dynamic=False)
-        if teacher:
-            teacher.features = torch.compile(teacher.features, dynamic=False)
+        teach = teach and torch.compile(teach, dynamic=False)
     ddp = model
     if common.world_size() > 1:
         ddp = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
@@ -451,7 +453,7 @@ def train(args, device):
                 with contextlib.nullcontext() if last or ddp is model else ddp.no_sync():
                     with autocast():
                         with torch.no_grad():
-                            guide = teacher.features(images[part]) if teacher else None
+                            guide = teach(images[part]) if teach else None
                         losses = ddp(images[part], target[part], guide)
                     scaler.scale(weight * sum(losses.values())).backward()
                 books.add(losses, weight)

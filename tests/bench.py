@@ -1,37 +1,43 @@
 """The speed table: ours against the plain version of the same computation, in alternating rounds.
 
-    python tests/bench.py [vitkd] [attndistill] [knn] [inversion]   # prints Markdown
+    python tests/bench.py [--device cpu|cuda] [--rows NAME ...] [--compile]     # prints Markdown
 
-vitkd: steps (student alone; student, teacher, ViTKD and NKD) in three precisions:
-    plain    float32, attention by torch's fused CPU kernel
-    fused    bf16 autocast, attention by torch's fused CPU kernel
-    ours     bf16 autocast, attention as matrix products (common.set_precision)
-attndistill: steps of ViT-S/16 <- ViT-B/16, 224 px:
-    plain    float32; every block in full, attention written out with its softmax, the projector
-             on all tokens
-    full     the same in bf16 autocast
-    ours     bf16 autocast, the last block and the projector for the class token alone
-knn: votes of 50,000 training for 10,000 test features of width 384, 1000 classes, in all four ks:
-    plain    one pass for each k: 100 chunks of test features, one-hot votes, all classes sorted
-    ours     eval_knn.knn_predict
-inversion: DeepInversion steps of cifar_resnet56, 32 px, batch 256:
-    plain    float32, contiguous, gradients of the CNN's parameters, too, statistics by torch.var
-    ours     dearkd.synthesize in bf16 autocast, channels_last
+plain   what a first version does: attention as a written-out softmax, all blocks in full, the
+        projector on all tokens, one pass a k, statistics by torch.var; float32 on a CPU, fp16
+        autocast on a GPU
+ours    what the scripts do, in bf16 autocast
+
+Each row first checks that both compute the same. A step is forward, backward, AdamW; images/s are
+medians over rounds, ratios the median (smallest to largest) of the rounds' ratios, memory the peak
+of this process (on a GPU: of what is allocated), share the arithmetic of our step per second over
+that of a large matrix product in bf16, measured in the same run.
 """
 
 import argparse
+import copy
 import functools
 import math
+import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
+import tempfile
 import time
+import types
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision import datasets
+from torchvision.transforms import InterpolationMode, v2
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
 
 import attndistill
 import common
@@ -39,136 +45,214 @@ import dearkd
 import eval_knn
 import vitkd
 
-ROWS = [  # student, teacher, image size, patch size, batch size
-    ("micro", None, 32, 8, 128), ("micro", None, 32, 4, 128), ("micro", "deit_t", 32, 4, 128),
-    ("deit_t", None, 224, 16, 16), ("deit_t", "deit_s", 224, 16, 16)]
-WAYS = {"plain": ("off", True), "fused": ("bf16", True), "ours": ("bf16", False)}
-ROUNDS = 5
+DATA = Path(os.environ.get("VIT_DISTILL_DATA", ROOT.parent / "shared" / "data"))
+
+# ------------------------------------------------------------------ measuring
 
 
-def build(size, image_size, patch_size):
-    dim, depth, num_heads = vitkd.SIZES[size]
-    return vitkd.ViT(image_size, patch_size, dim, depth, num_heads)
+def precision(amp, device):
+    """autocast(), with attention as the scripts have it on this device."""
+    return common.set_precision(argparse.Namespace(amp=amp), device)[0]
 
 
-def make_step(student, teacher, image_size, patch_size, batch_size):
-    """A function that does one step, forward and backward, in the autocast context it is given."""
-    torch.manual_seed(0)
-    args = argparse.Namespace(label_smoothing=0.1, no_nkd=False, gamma=1.0, tau=1.0)
-    dims = [vitkd.SIZES[name][0] for name in (student, teacher) if name]
-    model = vitkd.Objective(build(student, image_size, patch_size),
-                            vitkd.ViTKDLoss(*dims) if teacher else None, args)
-    guide = build(teacher, image_size, patch_size).requires_grad_(False).eval() if teacher else None
-    images = torch.randn(batch_size, 3, image_size, image_size)
-    target = torch.rand(batch_size, 1000).softmax(1)
-
-    def step(autocast):
-        with autocast():
-            with torch.no_grad():
-                features = guide.features(images) if guide else None
-            losses = model(images, target, features)
-        sum(losses.values()).backward()
-        model.zero_grad()
-
-    return step
+def wait(device):
+    if device.type == "cuda":
+        torch.cuda.synchronize()
 
 
-def alternate(ways, rounds=ROUNDS, repeat=2):
-    """{way: seconds a call, one number a round} of {way: function}; a first round warms up."""
-    seconds = {way: [] for way in ways}
+def alternate(ways, device, rounds, repeat=2):
+    """({way: seconds a call, one number a round}, {way: peak GiB}) of {way: function}; a first
+    round warms up."""
+    seconds, peak = {way: [] for way in ways}, {}
     for turn in range(rounds + 1):
         for way, call in ways.items():
             call()
+            wait(device)
+            forget_peak(device)
             began = time.perf_counter()
             for _ in range(repeat):
                 call()
+            wait(device)
             if turn:
                 seconds[way].append((time.perf_counter() - began) / repeat)
-    return seconds
+                peak[way] = peak_gib(device)
+    return seconds, peak
 
 
-def ratio(seconds, way):
-    """How many times as fast as `way` ours is: median (smallest to largest of a round)."""
-    ratios = [a / b for a, b in zip(seconds[way], seconds["ours"])]
-    return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
+def forget_peak(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    elif sys.platform == "linux":
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
 
 
-def per_second(seconds, items):
-    return " | ".join(f"{items / statistics.median(s):.3g}" for s in seconds.values())
+def peak_gib(device):
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "linux":
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", status).group(1)) / 2**20
+    return math.nan
 
 
-def precision(amp, fused=False):
-    autocast, _ = common.set_precision(argparse.Namespace(amp=amp), torch.device("cpu"))
-    torch.backends.cuda.enable_flash_sdp(fused)
-    return autocast
+@functools.cache
+def matmul_rate(device):
+    """Operations per second of a large matrix product in bf16: the best of ten."""
+    n = 16384 if device.type == "cuda" else 4096
+    a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
+    seconds, _ = alternate({"": lambda: a @ b}, device, rounds=10, repeat=1)
+    return 2 * n**3 / min(seconds[""])
 
 
-def bench_vitkd():
-    print("| ViTKD step | images/s plain | fused | ours | ours / plain | ours / fused |\n"
-          "|---|---|---|---|---|---|")
-    for row in ROWS:
-        student, teacher, image_size, patch_size, batch_size = row
-        step = make_step(*row)
-        seconds = alternate({way: functools.partial(lambda step, amp, fused: step(
-            precision(amp, fused)), step, *setting) for way, setting in WAYS.items()})
-        name = f"{student} <- {teacher}" if teacher else f"{student} alone"
-        print(f"| {name}, {image_size} px, patch {patch_size}, batch {batch_size} | "
-              f"{per_second(seconds, batch_size)} | {ratio(seconds, 'plain')} | "
-              f"{ratio(seconds, 'fused')} |", flush=True)
+def operations(call):
+    """Of all matrix products and convolutions of a call; a multiplication and an addition are 2."""
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
-def written_out(vit, images):
-    """(tokens after the final norm, last attention): every block in full, softmax by hand."""
-    x = vit.embed(images)
-    for block in vit.blocks:
-        attention, (B, N, D) = block.attn, x.shape
-        qkv = attention.qkv(block.norm1(x)).view(B, N, 3, attention.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attn = (q @ k.transpose(2, 3) * q.shape[-1]**-0.5).softmax(-1)      # (B, H, N, N)
-        x = x + attention.proj((attn @ v).transpose(1, 2).reshape(B, N, D))
-        x = x + block.mlp(block.norm2(x))
-    return vit.norm(x), attn[:, :, 0]
+HEAD = ("| {} | images/s plain | ours{} | ours / plain | GiB plain | ours | share |\n"
+        "|---|---|---|---|---|---|---|{}")
 
 
-def bench_attndistill(batch_size=16):
+def row(name, items, ways, args, repeat=2):
+    """Measure {"plain": f, "ours": f, ...} and print their row; items: images of a call."""
+    seconds, peak = alternate(ways, args.device, args.rounds, repeat)
+    medians = {way: statistics.median(s) for way, s in seconds.items()}
+    share = operations(ways["ours"]) / min(m for way, m in medians.items() if way != "plain")
+    print(f"| {name} | " + " | ".join(f"{items / m:.3g}" for m in medians.values())
+          + f" | {ratios(seconds)} | {peak['plain']:.2f} | {peak['ours']:.2f} | "
+          f"{100 * share / matmul_rate(args.device):.0f} % |", flush=True)
+
+
+def ratios(seconds):
+    best = "compiled" if "compiled" in seconds else "ours"
+    found = [plain / ours for plain, ours in zip(seconds["plain"], seconds[best])]
+    return f"{statistics.median(found):.2f} ({min(found):.2f} to {max(found):.2f})"
+
+
+# ------------------------------------------------------------------ training steps
+
+
+def written_out(self, x):
+    """The forward() of Attention and ConvAttention with the softmax by hand."""
+    B, N, D = x.shape
+    qkv = self.qkv(x).reshape(B, N, 3, self.num_heads, D // self.num_heads)
+    q, k, v = qkv.permute(2, 0, 3, 1, 4)                                    # (B, H, N, D/H) each
+    logits = q @ k.transpose(-2, -1) * q.shape[-1]**-0.5                    # (B, H, N, N)
+    if isinstance(self, dearkd.ConvAttention):
+        logits = logits + self.position_term()
+    return self.proj((logits.softmax(-1) @ v).transpose(1, 2).reshape(B, N, D))
+
+
+def all_tokens(self, images):
+    """ViT.class_token_and_attention() with the last block in full: (tokens (B, 1+N, D) after the
+    final norm, the class token's attention (B, H, 1+N))."""
+    x = self.embed(images)
+    for block in self.blocks[:-1]:
+        x = block(x)
+    last, y = self.blocks[-1], self.blocks[-1].norm1(x)
+    B, N, D = y.shape
+    q, k, _ = last.attn.qkv(y).reshape(B, N, 3, last.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
+    attn = (q @ k.transpose(-2, -1) * q.shape[-1]**-0.5).softmax(-1)        # (B, H, 1+N, 1+N)
+    return self.norm(last(x)), attn[:, :, 0]
+
+
+def pair(method, student, teacher, image_size, patch_size):
+    """(Objective, teacher, the teacher's method that it needs) with random weights."""
+    sizes = vitkd.SIZES | attndistill.SIZES
+    dims = [sizes[name] for name in (student, teacher) if name in sizes]
+    if method == "attndistill":
+        s, t = (attndistill.ViT(image_size, patch_size, *size, 0) for size in dims)
+        args = argparse.Namespace(lambda_a=0.1, temperature=10.0)
+        model = attndistill.Objective(s, attndistill.projector(dims[0][0], dims[1][0]), args)
+        return model, t.requires_grad_(False).eval(), "class_token_and_attention"
+    if method == "vitkd":
+        s, t = (vitkd.ViT(image_size, patch_size, *size) for size in dims)
+        args = argparse.Namespace(label_smoothing=0.1, no_nkd=False, gamma=1.0, tau=1.0)
+        model = vitkd.Objective(s, vitkd.ViTKDLoss(dims[0][0], dims[1][0], mask_ratio=1.0), args)
+        return model, t.requires_grad_(False).eval(), "features"
+    s = dearkd.ViT(image_size, patch_size, *dims[0], mhca_blocks=4, pos_dropout=0.0)
+    t = dearkd.Teacher(dearkd.make_cnn(teacher, 1000), image_size).requires_grad_(False).eval()
+    hints = dearkd.parse_hints("auto", dims[0][1], t.stages, image_size // patch_size)
+    aligners = torch.nn.ModuleList(dearkd.Aligner(dims[0][0], t.stages[n - 1][1]) for _, n in hints)
+    args = argparse.Namespace(label_smoothing=0.1, alpha=0.5, beta=10.0)
+    return dearkd.Objective(s, aligners, hints, args), t, "features"
+
+
+def steps(method, student, teacher, image_size, patch_size, batch_size, device):
+    """{"plain": f, "ours": f, "compiled": f}: each a training step that returns its loss terms."""
     torch.manual_seed(0)
-    dims = {name: attndistill.SIZES[name] for name in ("vit_s", "vit_b")}
-    student, teacher = (attndistill.ViT(224, 16, *dims[name], 0) for name in dims)
-    teacher.requires_grad_(False).eval()
-    project = attndistill.projector(384, 768)
-    args = argparse.Namespace(lambda_a=0.1, temperature=10)
-    model = attndistill.Objective(student, project, args)
-    images = torch.randn(batch_size, 3, 224, 224)
+    model, guide, method_name = pair(method, student, teacher, image_size, patch_size)
+    model.to(device)
+    guide.to(device)
+    if method == "dearkd":
+        guide.to(memory_format=torch.channels_last)
+    images = torch.randn(batch_size, 3, image_size, image_size, device=device)
+    target = torch.rand(batch_size, 1000, device=device).softmax(1)
+    plain_model, plain_guide = copy.deepcopy(model), copy.deepcopy(guide)
+    plain_guide.to(memory_format=torch.contiguous_format)
+    for module in (*plain_model.modules(), *plain_guide.modules()):
+        if type(module).__name__ in ("Attention", "ConvAttention"):
+            module.forward = types.MethodType(written_out, module)
+        if method == "attndistill" and isinstance(module, attndistill.ViT):
+            module.class_token_and_attention = types.MethodType(all_tokens, module)
 
-    def plain(amp):
-        with precision(amp)():
-            with torch.no_grad():
-                z_t, a_t = written_out(teacher, images)
-            z_s, a_s = written_out(student, images)
-            alignment = F.mse_loss(project(z_s)[:, 0].float(), z_t[:, 0].float())
-            guidance = attndistill.attention_guidance_loss(a_s, a_t)
-        (alignment + 0.1 * guidance).backward()
-        model.zero_grad()
-        return alignment.item(), guidance.item()
+    def make(model, guide, amp, fused):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+        scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
-    def ours(amp="bf16"):
-        with precision(amp)():
-            with torch.no_grad():
-                guide = teacher.class_token_and_attention(images)
-            losses = model(images, *guide)
-        sum(losses.values()).backward()
-        model.zero_grad()
-        return losses["alignment"].item(), losses["guidance"].item() / 0.1
+        def step():
+            with precision(amp, device)():
+                with torch.no_grad():
+                    guidance = getattr(guide, method_name)(images)
+                losses = (model(images, *guidance) if method == "attndistill" else
+                          model(images, target, guidance))
+            scaler.scale(sum(losses.values())).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            return losses
 
-    for a, b in zip(plain("off"), ours("off")):  # the same computation
-        assert abs(a - b) < 1e-4 * abs(a), (a, b)
-    seconds = alternate({"plain": lambda: plain("off"), "full": lambda: plain("bf16"),
-                         "ours": ours})
-    print("| AttnDistill step | images/s plain | full | ours | ours / plain | ours / full |\n"
-          "|---|---|---|---|---|---|\n"
-          f"| vit_s <- vit_b, 224 px, patch 16, batch {batch_size} | "
-          f"{per_second(seconds, batch_size)} | {ratio(seconds, 'plain')} | "
-          f"{ratio(seconds, 'full')} |", flush=True)
+        return step
+
+    compiled_model, compiled_guide = copy.deepcopy(model), copy.deepcopy(guide)
+    compiled_model.compile(dynamic=False)
+    setattr(compiled_guide, method_name, torch.compile(getattr(compiled_guide, method_name),
+                                                       dynamic=False))
+    for a, b in zip(make(copy.deepcopy(plain_model), plain_guide, "off", False)().values(),
+                    make(copy.deepcopy(model), guide, "off", True)().values(), strict=True):
+        assert abs(a - b) < 1e-3 * abs(a), (method, a, b)  # the same computation
+    return {"plain": make(plain_model, plain_guide, "fp16" if device.type == "cuda" else "off",
+                          False),
+            "ours": make(model, guide, "bf16", True),
+            "compiled": make(compiled_model, compiled_guide, "bf16", True)}
+
+
+STEPS = {  # row: method, student, teacher, image size, patch size, batch on a CPU
+    "attndistill": ("attndistill", "vit_s", "vit_b", 224, 16, 16),
+    "vitkd": ("vitkd", "deit_t", "deit_s", 224, 16, 16),
+    "dearkd": ("dearkd", "deit_t", "resnet50", 224, 16, 16),
+    "attndistill32": ("attndistill", "micro", "vit_t", 32, 4, 128),
+    "vitkd32": ("vitkd", "micro", "deit_t", 32, 4, 128),
+    "dearkd32": ("dearkd", "micro", "cifar_resnet56", 32, 4, 128)}
+
+
+def bench_steps(args):
+    names = [name for name in STEPS if name in args.rows]
+    if names:
+        print(HEAD.format("step", *((" | compiled", "---|") if args.compile else ("", ""))))
+    for name in names:
+        method, student, teacher, size, patch, batch = STEPS[name]
+        batch = args.batch_size or (batch if args.device.type == "cpu" else 256)
+        ways = steps(method, student, teacher, size, patch, batch, args.device)
+        if not args.compile:
+            del ways["compiled"]
+        row(f"{method}: {student} <- {teacher}, {size} px, {(size // patch)**2} tokens, batch "
+            f"{batch}", batch, ways, args)
+
+
+# ------------------------------------------------------------------ k-NN, inversion, images
 
 
 def textbook_knn(train, labels, test, k, num_classes, temperature=0.07, chunks=100):
@@ -176,56 +260,65 @@ def textbook_knn(train, labels, test, k, num_classes, temperature=0.07, chunks=1
     train, best = train.T.contiguous(), []
     for part in test.chunk(chunks):
         similarity, neighbour = (part @ train).topk(k)
-        one_hot = torch.zeros(len(part), k, num_classes)                    # (B, k, C)
+        one_hot = torch.zeros(len(part), k, num_classes, device=part.device)  # (B, k, C)
         one_hot.scatter_(2, labels[neighbour][..., None], 1)
         score = (one_hot * (similarity / temperature).exp()[..., None]).sum(1)
         best.append(score.sort(dim=1, descending=True).indices)
     return torch.cat(best)
 
 
-def bench_knn(N=50_000, N_test=10_000, D=384, C=1000):
+def clusters(N, N_test, D, C, device):
+    """Normalised (training features, labels, test features) around C centres."""
     torch.manual_seed(0)
     centres, labels = torch.randn(C, D), torch.randint(0, C, (N,))
     train = F.normalize(centres[labels] + 3 * torch.randn(N, D))
     test = F.normalize(centres[torch.randint(0, C, (N_test,))] + 3 * torch.randn(N_test, D))
+    return train.to(device), labels.to(device), test.to(device)
+
+
+def bench_knn(args, N=50_000, N_test=10_000, D=384, C=1000):
+    train, labels, test = clusters(N, N_test, D, C, args.device)
     found = {}
 
-    def plain():
+    def plain():  # a pass for each k
         found["plain"] = {k: textbook_knn(train, labels, test, k, C) for k in eval_knn.KS}
 
     def ours():
         found["ours"] = eval_knn.knn_predict(train, labels, test, num_classes=C)
 
-    seconds = alternate({"plain": plain, "ours": ours}, rounds=3, repeat=1)
+    print(HEAD.format("k-NN votes", "", ""))
+    row(f"{N} x {N_test} x {D}, {C} classes, k = 10, 20, 100, 200", N_test,
+        {"plain": plain, "ours": ours}, args, repeat=1)
+    some = test[:500].double()                                              # float64, brute force
+    similarity, neighbour = (some @ train.double().T).sort(1, descending=True)
     for k in eval_knn.KS:
+        score = torch.zeros(len(some), C, dtype=torch.float64, device=args.device)
+        score.scatter_add_(1, labels[neighbour[:, :k]], (similarity[:, :k] / 0.07).exp())
+        assert (score.argmax(1) == found["ours"][k][:500, 0]).all()
         agree = (found["plain"][k][:, 0] == found["ours"][k][:, 0]).float().mean()
         assert agree > 0.999, (k, agree)
-    print("| k-NN votes | seconds plain | ours | ours / plain |\n|---|---|---|---|\n"
-          f"| {N} x {N_test} x {D}, k = 10, 20, 100, 200 | "
-          + " | ".join(f"{statistics.median(s):.1f}" for s in seconds.values())
-          + f" | {ratio(seconds, 'plain')} |", flush=True)
 
 
-def bench_inversion(batch_size=256, steps=2):
+def bench_inversion(args, batch_size=256, steps=2):
+    device = args.device
     torch.manual_seed(0)
-    cnn = dearkd.make_cnn("cifar_resnet56", 10)
-    teacher = dearkd.Teacher(cnn, 32)  # its parameters ask for gradients
-    ours = dearkd.Teacher(dearkd.make_cnn("cifar_resnet56", 10), 32).requires_grad_(False)
-    ours.load_state_dict(teacher.state_dict())
-    ours.to(memory_format=torch.channels_last)
-    labels, found = torch.arange(batch_size) % 10, {}
+    teacher = dearkd.Teacher(dearkd.make_cnn("cifar_resnet56", 10), 32)  # parameters ask for gradients
+    ours = copy.deepcopy(teacher).requires_grad_(False)
+    teacher.to(device).eval()
+    ours.to(device, memory_format=torch.channels_last).eval()
+    labels, found = torch.arange(batch_size, device=device) % 10, {}
     settings = {**dearkd.synthesis_settings(32), "steps": steps, "divergence": 0.0}
+    black = -torch.tensor(common.MEAN)[:, None, None] / torch.tensor(common.STD)[:, None, None]
+    black, white = black.to(device), (black + 1 / torch.tensor(common.STD)[:, None, None]).to(device)
 
-    def plain():
+    def plain(amp="fp16" if device.type == "cuda" else "off"):
         generator, terms = torch.Generator().manual_seed(0), []
-        images = torch.randn(batch_size, 3, 32, 32, generator=generator)
-        black = -torch.tensor(common.MEAN)[:, None, None] / torch.tensor(common.STD)[:, None, None]
-        white = black + 1 / torch.tensor(common.STD)[:, None, None]
+        images = torch.randn(batch_size, 3, 32, 32, generator=generator).to(device)
         images = images.clamp(black, white).requires_grad_()
         optimizer = torch.optim.Adam([images], settings["image_lr"], settings["betas"])
 
         def hook(layer, inputs, output):
-            x = inputs[0]
+            x = inputs[0].float()
             rows = x.transpose(0, 1).reshape(x.shape[1], -1)
             terms.append((x.mean((0, 2, 3)) - layer.running_mean).norm()
                          + (rows.var(1, correction=0) - layer.running_var).norm())
@@ -237,7 +330,9 @@ def bench_inversion(batch_size=256, steps=2):
                 1 + math.cos(math.pi * step / steps)) / 2
             x = images.roll(torch.randint(-2, 3, (2,), generator=generator).tolist(), (2, 3))
             x = x.flip(3) if torch.rand((), generator=generator) < 0.5 else x
-            loss = (F.cross_entropy(teacher(x), labels) + settings["tv"] * dearkd.total_variation(x)
+            with precision(amp, device)():
+                logits = teacher(x).float()
+            loss = (F.cross_entropy(logits, labels) + settings["tv"] * dearkd.total_variation(x)
                     + settings["bn"] * (sum(terms) + 9 * terms[0]))
             optimizer.zero_grad()
             loss.backward()
@@ -249,29 +344,54 @@ def bench_inversion(batch_size=256, steps=2):
         found["plain"] = loss.item()
 
     def fast(amp="bf16"):
-        dearkd.synthesize(ours, labels, 32, autocast=precision(amp),
+        dearkd.synthesize(ours, labels, 32, autocast=precision(amp, device),
                           report=lambda _, losses, images: found.update(
                               ours=sum(losses.values()).item()), **settings)
 
-    plain()
+    plain("off")
     fast("off")  # the same computation
     assert abs(found["ours"] - found["plain"]) < 1e-3 * found["plain"], found
-    seconds = alternate({"plain": plain, "ours": fast}, repeat=1)
-    print("| DeepInversion step | images/s plain | ours | ours / plain |\n|---|---|---|---|\n"
-          f"| cifar_resnet56, 32 px, batch {batch_size} | {per_second(seconds, steps * batch_size)}"
-          f" | {ratio(seconds, 'plain')} |", flush=True)
+    print(HEAD.format("DeepInversion step", "", ""))
+    row(f"cifar_resnet56, 32 px, batch {batch_size}", steps * batch_size,
+        {"plain": plain, "ours": fast}, args, repeat=1)
 
 
-def main():
-    print(f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, torch "
-          f"{torch.__version__}, {time.strftime('%Y-%m-%d')}; alternating rounds, median "
-          f"(ratios: smallest to largest of a round)\n")
-    benches = {"vitkd": bench_vitkd, "attndistill": bench_attndistill, "knn": bench_knn,
-               "inversion": bench_inversion}
-    for name in sys.argv[1:] or benches:
-        benches[name]()
-        print(flush=True)
+def bench_input(args):
+    """Training images on one core, in this process: read, decoded, augmented, batches of 16."""
+    threads, bicubic = torch.get_num_threads(), InterpolationMode.BICUBIC
+    torch.set_num_threads(1)
+    print("| photos, one core | images/s plain | ours | ours / plain |\n|---|---|---|---|")
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run([sys.executable, "-m", "zipfile", "-e", DATA / "imagenet_photos.zip",
+                        folder], check=True)
+        for name, magnitude, erasing in (("RandomResizedCrop 224, flip", 0, 0),
+                                         ("... RandAugment", 9, 0),
+                                         ("... RandAugment, RandomErasing", 9, 0.25)):
+            augment = [v2.RandAugment(2, 9, num_magnitude_bins=11, fill=[124, 116, 104],
+                                      interpolation=bicubic)] if magnitude else []
+            erase = [v2.RandomErasing(erasing, value="random")] if erasing else []
+            plain = datasets.ImageFolder(folder, v2.Compose([
+                v2.RandomResizedCrop(224, interpolation=bicubic), v2.RandomHorizontalFlip(),
+                *augment, v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize(common.MEAN, common.STD), *erase]))
+            ours = common.Photos(common.ClassFolders(folder), common.train_transform(
+                224, rand_augment=magnitude, random_erasing=erasing))
+            seed = iter(range(10**9))
 
+            def read(dataset, ready):  # both with the random numbers of image and epoch
+                epoch = next(seed) // 2
+                for batch in torch.arange(len(dataset)).split(16):
+                    images = []
+                    for i in batch.tolist():
+                        torch.manual_seed(common.mix_seed(0, epoch * len(dataset) + i))
+                        images.append(dataset[epoch * len(dataset) + i if dataset is ours else i])
+                    ready(torch.utils.data.default_collate(images)[0])
 
-if __name__ == "__main__":
-    main()
+            seconds, _ = alternate(
+                {"plain": lambda: read(plain, lambda images: images),
+                 "ours": lambda: read(ours, lambda images: common.normalize(images, "cpu"))},
+                torch.device("cpu"), args.rounds, repeat=1)
+            print(f"| {name} | " + " | ".join(
+                f"{len(ours) / statistics.median(s):.0f}" for s in seconds.values())
+                + f" | {ratios(seconds)} |", flush=True)
+    torch.set_num_threads(threads)

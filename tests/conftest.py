@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same tests everywhere: on CPUs
+
 import numpy as np
 import pytest
 import torch

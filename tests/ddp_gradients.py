@@ -50,7 +50,7 @@ def main():
 
     class NoScaler:
         unscale_ = update = staticmethod(lambda *_: None)
-        is_enabled = staticmethod(lambda: False)
+        get_scale = staticmethod(lambda: 1.0)
         step = staticmethod(lambda optimizer: optimizer.step())
 
     for images, target, parts in books.batches():

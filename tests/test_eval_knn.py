@@ -251,7 +251,7 @@ def test_features_are_the_normed_class_tokens(script, files, tmp_path, capsys, m
     from torchvision.datasets import ImageFolder
     val = ImageFolder(files / "photos" / "val", common.val_transform(16))
     with torch.no_grad():
-        tokens = model.eval()(torch.stack([image for image, _ in val]))
+        tokens = model.eval()(common.normalize(torch.stack([image for image, _ in val]), "cpu"))
     assert torch.allclose(saved["test_features"], tokens, atol=1e-5)
     # from the file: the same table, and other ks
     status, again, err = in_process(eval_knn, capsys, monkeypatch, "--load-features",

@@ -338,18 +338,26 @@ def test_resume_after_kill_equals_the_uninterrupted_run_bit_for_bit(teacher, tmp
 LONG = [*MICRO, "--data", "shapes", "--teacher", "none", "--epochs", "50"]
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_signal_ends_the_run_in_order(number, status, tmp_path):
-    process = start("vitkd.py", *LONG, "--out", tmp_path / "run")
+@pytest.mark.parametrize("number, status, to", [
+    (signal.SIGTERM, 143, "the script"), (signal.SIGINT, 130, "its process group, as Ctrl-C"),
+    (signal.SIGTERM, 143, "its workers, too")])
+def test_a_signal_ends_the_run_in_order(number, status, to, photos, tmp_path):
+    process = start("vitkd.py", *MICRO, "--data", photos, "--teacher", "none", "--epochs", 500,
+                    "--out", tmp_path / "run", start_new_session=True)
     wait_for(lambda: (tmp_path / "run" / "last.pth").exists(), process)
     time.sleep(0.2)
-    process.send_signal(number)
+    workers = children(process.pid)
+    assert len(workers) >= 2
+    for pid in workers if "workers" in to else []:
+        os.kill(pid, number)
+    os.killpg(process.pid, number) if "group" in to else process.send_signal(number)
     began = time.monotonic()
     code, _, err = finish(process, timeout=30)
     assert code == status and time.monotonic() - began < 10
-    line, = err.splitlines()
-    assert re.match(rf"vitkd\.py: stopped by {number.name} (in epoch|while evaluating)", line)
-    assert "last.pth" in line
+    assert len(err.splitlines()) == 1, err
+    assert re.match(rf"vitkd\.py: stopped by {number.name} (in epoch|while evaluating|together)",
+                    err)
+    assert "last.pth" in err
     common.load_checkpoint(tmp_path / "run" / "last.pth")
 
 
@@ -386,26 +394,6 @@ def test_sigterm_under_torchrun_ends_all_ranks(teacher, tmp_path):
     wait_for(lambda: f'"epoch": {epoch + 1}' in (folder / "log.jsonl").read_text(), process)
     process.kill()
     finish(process)
-
-
-def test_ranks_leave_with_the_signals_status(tmp_path):
-    """Both ranks started by hand, so that their own exit statuses are seen."""
-    import socket
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    ranks = []
-    for rank in "01":
-        os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                          MASTER_PORT=port)
-        try:
-            ranks.append(start("vitkd.py", *LONG, "--out", tmp_path / "run"))
-        finally:
-            for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-                del os.environ[name]
-    wait_for(lambda: (tmp_path / "run" / "last.pth").exists(), ranks[0])
-    ranks[1].send_signal(signal.SIGTERM)  # to one rank only: the other is told
-    assert [finish(rank, timeout=30)[0] for rank in ranks] == [143, 143]
 
 
 # ------------------------------------------------------------------ dry run, demo, real images
