@@ -20,6 +20,7 @@ import fcntl
 import functools
 import json
 import math
+import multiprocessing
 import os
 import pickle
 import resource
@@ -43,6 +44,7 @@ from tqdm import tqdm
 # ImageNet's channel statistics, for every data set: all released teachers expect them.
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DRY_RUN_STEPS = 20
+WORKER_TIMEOUT = 600  # seconds for a batch; a disk may hang for ever
 SCRIPT = Path(sys.argv[0]).name
 # What a resumed run may change: it alters nothing (--compile: nothing but rounding).
 FREE_ON_RESUME = {"data", "data_root", "val", "teacher_weights", "out", "resume", "workers",
@@ -82,7 +84,6 @@ _signal = 0  # number of the SIGTERM or SIGINT that was received
 def _receive(number, frame):
     global _signal
     first, _signal = not _signal, number
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if a loader's workers die of it, too: no error
     if first and not _held:
         stop(number, "before anything was kept")
 
@@ -94,6 +95,7 @@ def hold_signals():
 
 
 def stop(number, when):
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if a loader's workers die of it, too: no error
     raise Stopped(f"stopped by {signal.Signals(number).name} {when}", 128 + number)
 
 
@@ -121,6 +123,7 @@ def run(main):
             raise Abort(str(error).splitlines()[-1].removeprefix("common.Unreadable: "), 1, True)
         except (Abort, RuntimeError) as error:  # also what a worker's death made of something else
             if str(error).startswith("DataLoader"):
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # one complaint is enough
                 time.sleep(1)  # a signal for all processes may have reached the workers first
             if _signal:
                 stop(_signal, "together with its workers; OUT/last.pth keeps the last epoch "
@@ -141,6 +144,8 @@ def run(main):
             raise
         traceback.print_exc()
         status = 1
+    for worker in multiprocessing.active_children() if status else []:
+        worker.kill()  # one that hangs would hold up the exit
     if dist.is_initialized():
         if status or dist.get_backend() == "gloo":  # tear-down may wait for a rank that has left
             sys.stdout.flush()
@@ -180,11 +185,26 @@ def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+_reduced = None
+
+
+def reduce(tensor, op):
+    """dist.all_reduce, in place; nothing where there is one process.
+
+    The tensor lives on until the next call. If gloo's thread were the last to hold it, it would
+    need Python to free it, and before Python 3.12 a loader's worker that is forked in that moment
+    hangs for ever.
+    """
+    global _reduced
+    if dist.is_initialized():
+        dist.all_reduce(tensor, op)
+        _reduced = tensor
+
+
 def all_reduce(values, device, op=dist.ReduceOp.SUM):
     """A list of numbers, reduced over all processes (float64)."""
     values = torch.tensor(values, dtype=torch.float64, device=device)
-    if dist.is_initialized():
-        dist.all_reduce(values, op)
+    reduce(values, op)
     return values.tolist()
 
 
@@ -198,6 +218,7 @@ def on_rank_zero(work):
             box[1] = end
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
+        time.sleep(0.1)  # gloo frees its tensors: see reduce()
     if box[1]:
         raise box[1]
     return box[0]
@@ -215,6 +236,7 @@ def require_same(value, complaint):
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
+        time.sleep(0.1)  # gloo frees its tensors: see reduce()
     if len(set(values)) > 1:
         raise Abort(f"{complaint}: {', '.join(map(str, values))}")
 
@@ -516,7 +538,7 @@ def _start_worker(worker):
 def make_loader(dataset, workers, **keywords):
     return DataLoader(dataset, num_workers=workers, worker_init_fn=_start_worker,
                       pin_memory=torch.cuda.is_available(),
-                      timeout=1800 if workers else 0,  # seconds; a disk may hang for ever
+                      timeout=WORKER_TIMEOUT if workers else 0,
                       generator=torch.Generator(),  # its own: the loop's random numbers stay put
                       **keywords)
 
@@ -661,8 +683,7 @@ class Epoch:
         bad = ~good | ~fits & (scaler.get_scale() <= 1)
         signal_number = torch.full((), _signal, device=self.device)  # torch.tensor would wait
         flags = torch.stack([~(good & fits), bad, signal_number])
-        if dist.is_initialized():
-            dist.all_reduce(flags, dist.ReduceOp.MAX)
+        reduce(flags, dist.ReduceOp.MAX)
         skip, bad, number = flags.tolist()
         if not self.bar.disable:
             self.bar.set_postfix({n: f"{float(v):.3g}" for n, v in self.step_losses.items()},

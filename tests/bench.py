@@ -16,6 +16,7 @@ that of a large matrix product in bf16, measured in the same run.
 import argparse
 import copy
 import functools
+import itertools
 import math
 import os
 import platform
@@ -31,7 +32,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import default_collate
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, v2
@@ -146,16 +147,22 @@ def written_out(self, x):
 
 
 def all_tokens(self, images):
-    """ViT.class_token_and_attention() with the last block in full: (tokens (B, 1+N, D) after the
-    final norm, the class token's attention (B, H, 1+N))."""
+    """ViT.class_token_and_attention() with the last block in full; a student gives all tokens
+    (B, 1+N, D), for the projector."""
     x = self.embed(images)
     for block in self.blocks[:-1]:
         x = block(x)
     last, y = self.blocks[-1], self.blocks[-1].norm1(x)
-    B, N, D = y.shape
+    B, N, _ = y.shape
     q, k, _ = last.attn.qkv(y).reshape(B, N, 3, last.attn.num_heads, -1).permute(2, 0, 3, 1, 4)
     attn = (q @ k.transpose(-2, -1) * q.shape[-1]**-0.5).softmax(-1)        # (B, H, 1+N, 1+N)
-    return self.norm(last(x)), attn[:, :, 0]
+    tokens = self.norm(last(x))                                             # (B, 1+N, D)
+    return tokens if self.training else tokens[:, 0], attn[:, :, 0]
+
+
+def of_all_tokens(self, tokens):
+    """The projector's forward() on all tokens, of which the loss reads the first."""
+    return torch.nn.Sequential.forward(self, tokens)[:, 0]
 
 
 def pair(method, student, teacher, image_size, patch_size):
@@ -182,30 +189,32 @@ def pair(method, student, teacher, image_size, patch_size):
 
 def steps(method, student, teacher, image_size, patch_size, batch_size, device):
     """{"plain": f, "ours": f, "compiled": f}: each a training step that returns its loss terms."""
-    torch.manual_seed(0)
-    model, guide, method_name = pair(method, student, teacher, image_size, patch_size)
-    model.to(device)
-    guide.to(device)
+    def build():
+        torch.manual_seed(0)
+        model, guide, name = pair(method, student, teacher, image_size, patch_size)
+        return model.to(device), guide.to(device), name
+
+    (model, guide, name), (plain_model, plain_guide, _) = build(), build()
     if method == "dearkd":
         guide.to(memory_format=torch.channels_last)
     images = torch.randn(batch_size, 3, image_size, image_size, device=device)
     target = torch.rand(batch_size, 1000, device=device).softmax(1)
-    plain_model, plain_guide = copy.deepcopy(model), copy.deepcopy(guide)
-    plain_guide.to(memory_format=torch.contiguous_format)
     for module in (*plain_model.modules(), *plain_guide.modules()):
         if type(module).__name__ in ("Attention", "ConvAttention"):
             module.forward = types.MethodType(written_out, module)
         if method == "attndistill" and isinstance(module, attndistill.ViT):
             module.class_token_and_attention = types.MethodType(all_tokens, module)
+    if method == "attndistill":
+        plain_model.project.forward = types.MethodType(of_all_tokens, plain_model.project)
 
-    def make(model, guide, amp, fused):
+    def make(model, look, amp, fused):
         optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
         scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
 
         def step():
             with precision(amp, device)():
                 with torch.no_grad():
-                    guidance = getattr(guide, method_name)(images)
+                    guidance = look(images)
                 losses = (model(images, *guidance) if method == "attndistill" else
                           model(images, target, guidance))
             scaler.scale(sum(losses.values())).backward()
@@ -216,17 +225,16 @@ def steps(method, student, teacher, image_size, patch_size, batch_size, device):
 
         return step
 
-    compiled_model, compiled_guide = copy.deepcopy(model), copy.deepcopy(guide)
-    compiled_model.compile(dynamic=False)
-    setattr(compiled_guide, method_name, torch.compile(getattr(compiled_guide, method_name),
-                                                       dynamic=False))
-    for a, b in zip(make(copy.deepcopy(plain_model), plain_guide, "off", False)().values(),
-                    make(copy.deepcopy(model), guide, "off", True)().values(), strict=True):
+    look, plain_look = getattr(guide, name), getattr(plain_guide, name)
+    for a, b in zip(make(copy.deepcopy(plain_model), plain_look, "off", False)().values(),
+                    make(copy.deepcopy(model), look, "off", True)().values(), strict=True):
         assert abs(a - b) < 1e-3 * abs(a), (method, a, b)  # the same computation
-    return {"plain": make(plain_model, plain_guide, "fp16" if device.type == "cuda" else "off",
+    compiled = copy.deepcopy(model)
+    compiled.compile(dynamic=False)
+    return {"plain": make(plain_model, plain_look, "fp16" if device.type == "cuda" else "off",
                           False),
-            "ours": make(model, guide, "bf16", True),
-            "compiled": make(compiled_model, compiled_guide, "bf16", True)}
+            "ours": make(model, look, "bf16", True),
+            "compiled": make(compiled, torch.compile(look, dynamic=False), "bf16", True)}
 
 
 STEPS = {  # row: method, student, teacher, image size, patch size, batch on a CPU
@@ -249,7 +257,7 @@ def bench_steps(args):
         if not args.compile:
             del ways["compiled"]
         row(f"{method}: {student} <- {teacher}, {size} px, {(size // patch)**2} tokens, batch "
-            f"{batch}", batch, ways, args)
+            f"{batch}", batch, ways, args, repeat=1)
 
 
 # ------------------------------------------------------------------ k-NN, inversion, images
@@ -302,14 +310,14 @@ def bench_knn(args, N=50_000, N_test=10_000, D=384, C=1000):
 def bench_inversion(args, batch_size=256, steps=2):
     device = args.device
     torch.manual_seed(0)
-    teacher = dearkd.Teacher(dearkd.make_cnn("cifar_resnet56", 10), 32)  # parameters ask for gradients
-    ours = copy.deepcopy(teacher).requires_grad_(False)
+    teacher = dearkd.Teacher(dearkd.make_cnn("cifar_resnet56", 10), 32)
+    ours = copy.deepcopy(teacher).requires_grad_(False)  # plain: gradients of the parameters, too
     teacher.to(device).eval()
     ours.to(device, memory_format=torch.channels_last).eval()
     labels, found = torch.arange(batch_size, device=device) % 10, {}
     settings = {**dearkd.synthesis_settings(32), "steps": steps, "divergence": 0.0}
-    black = -torch.tensor(common.MEAN)[:, None, None] / torch.tensor(common.STD)[:, None, None]
-    black, white = black.to(device), (black + 1 / torch.tensor(common.STD)[:, None, None]).to(device)
+    mean, std = common.channel_statistics(device)
+    black, white = -mean / std, (255 - mean) / std
 
     def plain(amp="fp16" if device.type == "cuda" else "off"):
         generator, terms = torch.Generator().manual_seed(0), []
@@ -356,42 +364,162 @@ def bench_inversion(args, batch_size=256, steps=2):
         {"plain": plain, "ours": fast}, args, repeat=1)
 
 
+def read(dataset, epochs):
+    """An epoch of a data set in batches; others see the same random numbers in the same epoch."""
+    epoch = next(epochs)
+    for batch in torch.arange(len(dataset)).split(16):
+        images = []
+        for i in batch.tolist():
+            key = epoch * len(dataset) + i
+            torch.manual_seed(common.mix_seed(0, key))
+            images.append(dataset[key if isinstance(dataset, common.Photos) else i])
+        default_collate(images)
+
+
 def bench_input(args):
-    """Training images on one core, in this process: read, decoded, augmented, batches of 16."""
+    """Training images on one core, in this process: read, decoded, augmented, in batches of 16."""
     threads, bicubic = torch.get_num_threads(), InterpolationMode.BICUBIC
     torch.set_num_threads(1)
     print("| photos, one core | images/s plain | ours | ours / plain |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "zipfile", "-e", DATA / "imagenet_photos.zip",
                         folder], check=True)
-        for name, magnitude, erasing in (("RandomResizedCrop 224, flip", 0, 0),
-                                         ("... RandAugment", 9, 0),
-                                         ("... RandAugment, RandomErasing", 9, 0.25)):
+        for name, magnitude in (("RandomResizedCrop 224, flip", 0), ("the same, RandAugment", 9)):
             augment = [v2.RandAugment(2, 9, num_magnitude_bins=11, fill=[124, 116, 104],
                                       interpolation=bicubic)] if magnitude else []
-            erase = [v2.RandomErasing(erasing, value="random")] if erasing else []
             plain = datasets.ImageFolder(folder, v2.Compose([
                 v2.RandomResizedCrop(224, interpolation=bicubic), v2.RandomHorizontalFlip(),
                 *augment, v2.ToImage(), v2.ToDtype(torch.float32, scale=True),
-                v2.Normalize(common.MEAN, common.STD), *erase]))
+                v2.Normalize(common.MEAN, common.STD)]))
             ours = common.Photos(common.ClassFolders(folder), common.train_transform(
-                224, rand_augment=magnitude, random_erasing=erasing))
-            seed = iter(range(10**9))
-
-            def read(dataset, ready):  # both with the random numbers of image and epoch
-                epoch = next(seed) // 2
-                for batch in torch.arange(len(dataset)).split(16):
-                    images = []
-                    for i in batch.tolist():
-                        torch.manual_seed(common.mix_seed(0, epoch * len(dataset) + i))
-                        images.append(dataset[epoch * len(dataset) + i if dataset is ours else i])
-                    ready(torch.utils.data.default_collate(images)[0])
-
-            seconds, _ = alternate(
-                {"plain": lambda: read(plain, lambda images: images),
-                 "ours": lambda: read(ours, lambda images: common.normalize(images, "cpu"))},
-                torch.device("cpu"), args.rounds, repeat=1)
+                224, rand_augment=magnitude))
+            seconds, _ = alternate({"plain": functools.partial(read, plain, itertools.count()),
+                                    "ours": functools.partial(read, ours, itertools.count())},
+                                   torch.device("cpu"), args.rounds)
             print(f"| {name} | " + " | ".join(
                 f"{len(ours) / statistics.median(s):.0f}" for s in seconds.values())
                 + f" | {ratios(seconds)} |", flush=True)
     torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------ beside the steps, and growth
+
+
+def bench_overhead(args, images=1_281_167, val=50_000):
+    """What an ImageNet epoch of ViTKD, DeiT-T <- DeiT III-S, costs beside its steps."""
+    device, batch = args.device, args.batch_size or (16 if args.device.type == "cpu" else 256)
+    torch.manual_seed(0)
+    step = steps("vitkd", "deit_t", "deit_s", 224, 16, batch, device)["ours"]
+    student = vitkd.ViT(224, 16, *vitkd.SIZES["deit_t"]).to(device)
+    optimizer = torch.optim.AdamW(student.parameters())
+    for parameter in student.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    x = torch.randn(batch, 3, 224, 224, device=device)
+
+    def look():
+        with torch.inference_mode(), precision("bf16", device)():
+            student(x)
+
+    with tempfile.TemporaryDirectory() as folder:
+        export = {"model": student.state_dict(), "arch": {}, "script": "vitkd", "top1": 0.0}
+
+        def write():
+            for name in ("student", "best"):
+                common.save_checkpoint(f"{folder}/{name}.pth", **export)
+            common.save_checkpoint(f"{folder}/last.pth", **export, optimizer=optimizer.state_dict())
+
+        seconds, _ = alternate({"step": step, "look": look, "write": write, "read": lambda: (
+            common.load_checkpoint(f"{folder}/last.pth"))}, device, args.rounds, repeat=1)
+    step, look, write, read = (statistics.median(s) for s in seconds.values())
+    epoch = images / batch * step
+    print("| beside the steps of an ImageNet epoch | seconds | of the epoch |\n|---|---|---|\n"
+          f"| the epoch's steps, {batch / step:.3g} images/s | {epoch:.3g} | |")
+    for name, cost in (("evaluation on 50,000 images, every epoch", val / batch * look),
+                       ("writing student.pth, best.pth and last.pth, every epoch", write),
+                       ("reading last.pth, once a resume (no batch is read again)", read)):
+        print(f"| {name} | {cost:.3g} | {100 * cost / epoch:.2g} % |", flush=True)
+
+
+def exponent(sizes, seconds):
+    """Slope of log seconds over log size."""
+    slope, _ = np.polyfit(np.log(sizes), np.log(seconds), 1)
+    return f"{slope:.2f}"
+
+
+def bench_growth(args):
+    """How the time of a step, and of the k-NN votes, grows."""
+    cases = {"tokens 49, 196, 784 (112, 224, 448 px), batch 8": (
+                 (49, 196, 784), lambda tokens: (math.isqrt(tokens) * 16, 8)),
+             "batch 4, 8, 16, 32, 196 tokens": ((4, 8, 16, 32), lambda batch: (224, batch))}
+    print("| ours, bf16 | seconds | exponent |\n|---|---|---|")
+    for name, (sizes, setting) in cases.items():
+        calls = {}
+        for size in sizes:
+            image_size, batch = setting(size)
+            calls[size] = steps("vitkd", "deit_t", "deit_s", image_size, 16, batch,
+                                args.device)["ours"]
+        report(f"vitkd step, deit_t <- deit_s, {name}", sizes, calls, args)
+    sizes = (12_500, 25_000, 50_000, 100_000, 200_000)
+    train, labels, test = clusters(sizes[-1], 2000, 384, 1000, args.device)
+    report(f"k-NN votes, 2,000 x 384, {', '.join(f'{n:,}' for n in sizes)} training features",
+           sizes, {n: functools.partial(eval_knn.knn_predict, train[:n], labels[:n], test,
+                                        num_classes=1000) for n in sizes}, args)
+
+
+def report(name, sizes, calls, args):
+    seconds, _ = alternate(calls, args.device, args.rounds, repeat=1)
+    medians = [statistics.median(s) for s in seconds.values()]
+    print(f"| {name} | {', '.join(f'{s:.3g}' for s in medians)} | {exponent(sizes, medians)} |",
+          flush=True)
+
+
+def bench_processes(args):
+    """The ordinary command with --dry-run: one process with two threads, two with one."""
+    flags = ["vitkd.py", "--data", "shapes", "--teacher", "none", "--student", "deit_t",
+             "--batch-size", "32", "--dry-run"]
+    ways = {"1 process, 2 threads": [sys.executable, *flags],
+            "2 processes, 1 thread": [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                                      "--nproc_per_node", "2", *flags]}
+    speeds = {way: [] for way in ways}
+    for _ in range(3):
+        for way, command in ways.items():
+            threads = "1" if "2 processes" in way else "2"
+            out = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, check=True,
+                                 env={**os.environ, "OMP_NUM_THREADS": threads}).stdout
+            speeds[way].append(float(re.search(r"([\d.]+) images/s", out).group(1)))
+    print("| deit_t alone, 224 px, batch 32 | images/s, three runs |\n|---|---|")
+    for way, found in speeds.items():
+        print(f"| {way} | {', '.join(map(str, found))} |", flush=True)
+
+
+BENCHES = {"knn": bench_knn, "inversion": bench_inversion, "input": bench_input,
+           "overhead": bench_overhead, "growth": bench_growth, "processes": bench_processes}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    there = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", type=torch.device, default=torch.device(there),
+                        help="cpu or cuda (default: what is there)")
+    parser.add_argument("--rows", nargs="+", choices=[*STEPS, *BENCHES], metavar="NAME",
+                        default=[*STEPS, *BENCHES], help=f"of {', '.join([*STEPS, *BENCHES])}")
+    parser.add_argument("--rounds", type=int, default=5, help="that are timed (default: 5)")
+    parser.add_argument("--batch-size", type=int, help="of steps (default: 16 or 128; GPU: 256)")
+    parser.add_argument("--compile", action="store_true", help="time compiled steps, too")
+    args = parser.parse_args()
+    name = torch.cuda.get_device_name() if args.device.type == "cuda" else (
+        f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")
+    print(f"{name}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; {args.rounds} "
+          f"alternating rounds; a matrix product in bf16 makes "
+          f"{matmul_rate(args.device) / 1e9:.0f} GFLOP/s\n")
+    bench_steps(args)
+    for name, bench in BENCHES.items():
+        if name in args.rows:
+            print()
+            bench(args)
+
+
+if __name__ == "__main__":
+    main()

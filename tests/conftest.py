@@ -17,7 +17,10 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import attndistill
 import common
+import dearkd
+import vitkd
 
 # Real images, where someone put them (class-per-folder JPEGs, see tests/evidence/README.md).
 DATA = Path(os.environ.get("VIT_DISTILL_DATA", ROOT.parent / "shared" / "data"))
@@ -115,6 +118,31 @@ def children(pid):
         except OSError:
             continue
     return found
+
+
+def a_teacher(script, folder):
+    """A student.pth of random weights, 10 classes, 16 px: what `script` can learn from."""
+    arch = {"image_size": 16, "patch_size": 4, "dim": 48, "depth": 2, "num_heads": 4,
+            "num_classes": 10 if script == "vitkd" else 0}
+    if script == "dearkd":
+        arch = {"cnn": "cifar_resnet20", "image_size": 16, "num_classes": 10}
+        model = dearkd.make_cnn("cifar_resnet20", 10)
+    else:
+        model = (vitkd if script == "vitkd" else attndistill).ViT(**arch)
+    common.save_checkpoint(folder / "teacher.pth", model=model.state_dict(), arch=arch,
+                           script=script, top1=None)
+    return folder / "teacher.pth"
+
+
+def command_of(script, folder, *flags):
+    """A command line of a training script on shapes, with a teacher (vitkd: without)."""
+    more = {"vitkd": ["--teacher", "none", "--random-erasing", 0],
+            "attndistill": ["--eval-every", 1000],
+            "dearkd": ["--random-erasing", 0]}[script]
+    if script != "vitkd":
+        more += ["--teacher", a_teacher(script, folder)]
+    return [f"{script}.py", "--image-size", 16, "--patch-size", 4, "--data", "shapes", "--workers",
+            2, "--data-fraction", 0.02, "--lr", "1e-3", *more, *flags]
 
 
 def torchrun(processes, script, *arguments):

@@ -743,13 +743,6 @@ def test_demo_prints_its_table():
     assert [line.split("  ")[0] for line in table] == ["teacher", "student, PA", "student, PA + AG"]
 
 
-@pytest.mark.slow
-def test_compile_trains(teacher, tmp_path):
-    data, weights = teacher
-    run("attndistill.py", *SMALL, "--data", data, "--teacher", weights, "--epochs", 2, "--compile",
-        "--out", tmp_path / "run", timeout=900)
-
-
 @pytest.mark.skipif(not (DATA / "cifar10_val.zip").exists(), reason=f"no real images in {DATA}")
 def test_real_images_through_the_ordinary_command_line(tmp_path):
     import zipfile

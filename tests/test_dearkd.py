@@ -639,10 +639,3 @@ def test_demo_prints_its_table():
         "CNN", "student, alone", "student, logits only", "student, DearKD"]
     top1 = [float(line.split("top-1")[1].split("%")[0]) for line in table]
     assert top1[3] > top1[1] + 5
-
-
-@pytest.mark.slow
-def test_compile_trains(teacher, tmp_path):
-    data, weights = teacher
-    run("dearkd.py", *SMALL, "--data", data, "--teacher", weights, "--epochs", 2, "--compile",
-        "--stage1-epochs", 1, "--out", tmp_path / "run", timeout=900)

@@ -20,7 +20,9 @@ from conftest import (
     DATA,
     MICRO,
     ROOT,
+    a_teacher,
     children,
+    command_of,
     environment,
     finish,
     in_process,
@@ -340,7 +342,7 @@ LONG = [*MICRO, "--data", "shapes", "--teacher", "none", "--epochs", "50"]
 
 @pytest.mark.parametrize("number, status, to", [
     (signal.SIGTERM, 143, "the script"), (signal.SIGINT, 130, "its process group, as Ctrl-C"),
-    (signal.SIGTERM, 143, "its workers, too")])
+    (signal.SIGTERM, 143, "its workers, too"), (signal.SIGTERM, 143, "then its workers are gone")])
 def test_a_signal_ends_the_run_in_order(number, status, to, photos, tmp_path):
     process = start("vitkd.py", *MICRO, "--data", photos, "--teacher", "none", "--epochs", 500,
                     "--out", tmp_path / "run", start_new_session=True)
@@ -349,9 +351,12 @@ def test_a_signal_ends_the_run_in_order(number, status, to, photos, tmp_path):
     workers = children(process.pid)
     assert len(workers) >= 2
     for pid in workers if "workers" in to else []:
-        os.kill(pid, number)
+        os.kill(pid, signal.SIGSTOP if "then" in to else number)
+    time.sleep(0.5 if "then" in to else 0)  # the loop has run out of images: it waits
     os.killpg(process.pid, number) if "group" in to else process.send_signal(number)
     began = time.monotonic()
+    for pid in workers if "then" in to else []:
+        os.kill(pid, signal.SIGKILL)
     code, _, err = finish(process, timeout=30)
     assert code == status and time.monotonic() - began < 10
     assert len(err.splitlines()) == 1, err
@@ -431,9 +436,33 @@ def test_demo_prints_its_table():
 
 
 @pytest.mark.slow
-def test_compile_trains(teacher, tmp_path):
-    run("vitkd.py", *MICRO, "--data", teacher[0], "--teacher", teacher[1], "--epochs", 2,
-        "--compile", "--out", tmp_path)
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("script", ["vitkd", "attndistill", "dearkd"])
+def test_compiled_steps_are_one_graph_and_the_same_steps(script, processes, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_LOGS", "graph_breaks,recompiles")
+    flags = ["--teacher", a_teacher(script, tmp_path), "--student", "micro", "--batch-size", 16,
+             "--epochs", 2, "--amp", "off"]
+    if script != "attndistill":
+        flags += ["--mixup", 0, "--cutmix", 0]
+    flags += {"vitkd": ["--mask-ratio", 1], "dearkd": ["--pos-dropout", 0]}.get(script, [])
+    logs = []
+    for more in ([], ["--compile"]):
+        out = tmp_path / f"run{len(more)}"
+        command = [*command_of(script, tmp_path), *flags, *more, "--out", out]
+        _, err = run(*(command if processes == 1 else torchrun(2, *command)), timeout=600)
+        assert "Graph break" not in err, err[-3000:]
+        logs.append([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()])
+    assert err.count("Recompiling") <= 2 * processes, err[-3000:]  # stage 2, eval mode
+    losses = {"ce", "mimicking", "generation", "nkd", "logits", "hints", "alignment", "guidance"}
+    for a, b in zip(*logs, strict=True):
+        assert len(losses & a.keys()) >= 1
+        for name in losses & a.keys():
+            assert a[name] == pytest.approx(b[name], rel=1e-3), name
+    if script != "attndistill":
+        command = [*command_of(script, tmp_path), *flags, "--compile", "--drop-path", 0.2]
+        _, err = run(*(command if processes == 1 else torchrun(2, *command)), "--out",
+                     tmp_path / "drop", timeout=600)
+        assert "Graph break" not in err, err[-3000:]
 
 
 @pytest.mark.skipif(not (DATA / "cifar10_val.zip").exists(), reason=f"no real images in {DATA}")

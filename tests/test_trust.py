@@ -3,6 +3,7 @@
 import ctypes
 import io
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -10,6 +11,7 @@ import resource
 import signal
 import socket
 import struct
+import threading
 import time
 import zipfile
 import zlib
@@ -22,7 +24,9 @@ from conftest import (
     DATA,
     MICRO,
     ROOT,
+    a_teacher,
     children,
+    command_of,
     finish,
     in_process,
     make_photos,
@@ -32,7 +36,6 @@ from conftest import (
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-import attndistill
 import common
 import dearkd
 import vitkd
@@ -62,31 +65,6 @@ def lines_of(folder):
 def same(a, b, name="student.pth"):
     a, b = (common.load_checkpoint(folder / name)["model"] for folder in (a, b))
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def a_teacher(script, folder):
-    """A student.pth of random weights, 10 classes, 16 px: what `script` can learn from."""
-    if script == "dearkd":
-        arch = {"cnn": "cifar_resnet20", "image_size": 16, "num_classes": 10}
-        model = dearkd.make_cnn("cifar_resnet20", 10)
-    else:
-        arch = {"image_size": 16, "patch_size": 4, "dim": 48, "depth": 2, "num_heads": 4,
-                "num_classes": 0}
-        model = attndistill.ViT(**arch)
-    common.save_checkpoint(folder / "teacher.pth", model=model.state_dict(), arch=arch,
-                           script=script, top1=None)
-    return folder / "teacher.pth"
-
-
-def command_of(script, folder, *flags):
-    """A command line of a training script on shapes, with a teacher, that needs no flag more."""
-    more = {"vitkd": ["--teacher", "none", "--random-erasing", 0],
-            "attndistill": ["--eval-every", 1000],
-            "dearkd": ["--random-erasing", 0]}[script]
-    if script != "vitkd":
-        more += ["--teacher", a_teacher(script, folder)]
-    return [f"{script}.py", "--image-size", 16, "--patch-size", 4, "--data", "shapes", "--workers",
-            2, "--data-fraction", 0.02, "--lr", "1e-3", *more, *flags]
 
 
 # ------------------------------------------------------------------ kill -9, a full disk
@@ -464,6 +442,24 @@ def test_a_worker_that_dies_is_one_line(tmp_path):
     code, _, err = finish(process)
     assert code == 1 and "the processes that read images fail" in err
     assert len(err.splitlines()) == 1
+
+
+def test_a_worker_that_hangs_is_one_line(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(common, "WORKER_TIMEOUT", 3)
+    make_photos(tmp_path / "photos", counts=(("train", 40), ("val", 4)))
+
+    def freeze():
+        while not (tmp_path / "run" / "last.pth").exists():
+            time.sleep(0.1)
+        for worker in multiprocessing.active_children():
+            os.kill(worker.pid, signal.SIGSTOP)
+
+    threading.Thread(target=freeze).start()
+    code, _, err = in_process(vitkd, capsys, monkeypatch, *command_of("vitkd", tmp_path)[1:],
+                              "--data", tmp_path / "photos", "--student", "micro", "--epochs", 500,
+                              "--out", tmp_path / "run")
+    assert code == 1 and "timed out after 3 seconds" in err
+    assert len(err.splitlines()) == 1 and not multiprocessing.active_children()
 
 
 # ------------------------------------------------------------------ rotten weights, bad numbers

@@ -1,0 +1,129 @@
+"""Results on real images, with seeds: makes the runs, and README's tables from their logs.
+
+    python tests/evidence/study.py run [PART OF A NAME]   # those that study/NAME.log lacks, two at a time
+    python tests/evidence/study.py tables                 # Markdown, from the logs alone
+
+Needs data/cifar10 and data/tiny_imagenet20 (class folders of JPEGs) and data/cifar_resnet56.pth.
+Each run has one thread, so its log gives the seconds of one core that it took.
+"""
+
+import datetime
+import os
+import re
+import shlex
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+LOGS = Path(__file__).with_name("study")
+SEEDS = (0, 1, 2)
+
+LIGHT = "--crop-scale 0.4 --mixup 0 --cutmix 0 --rand-augment 0 --random-erasing 0"
+CIFAR = "--data data/cifar10 --image-size 32"
+TINY = "--data data/tiny_imagenet20 --image-size 64"
+SHORT = "--student micro --batch-size 128 --lr 1e-3 --workers 1"
+PART = f"{CIFAR} --data-fraction 0.2 {SHORT}"  # 10,000 images, for students
+VITKD = f"vitkd.py {PART} --patch-size 8 --epochs 8 --eval-every 8 {LIGHT}"
+ATTN = f"attndistill.py {PART} --patch-size 8 --epochs 8 --eval-every 8"
+TINY_ATTN = f"attndistill.py {TINY} {SHORT} --patch-size 16 --epochs 8 --eval-every 8"
+DEARKD = f"dearkd.py {PART} --patch-size 4 --epochs 6 --eval-every 6 {LIGHT}"
+TINY_DEARKD = f"dearkd.py {TINY} {SHORT} --patch-size 8 --epochs 6 --eval-every 6 {LIGHT}"
+STAGES = "--stage1-epochs 5"
+VIT, TINY_VIT = "out/study/cifar10-vit/student.pth", "out/study/tiny-vit/student.pth"
+CNN = f"{STAGES} --teacher cifar_resnet56 --teacher-weights data/cifar_resnet56.pth"
+TINY_CNN = f"{STAGES} --teacher out/study/tiny-cnn/student.pth"
+SCALED = "--alpha 7.35e-4 --beta 7.35e-5"  # per element as 3e-5 and 3e-6 at 196 x 384
+
+TEACHERS = {
+    "cifar10-vit": f"vitkd.py {CIFAR} --teacher none --student deit_t --patch-size 8 --batch-size "
+                   f"128 --lr 8e-4 --epochs 6 --workers 1 {LIGHT} --seed 0",
+    "tiny-vit": f"vitkd.py {TINY} --teacher none --student deit_t --patch-size 16 --batch-size 128 "
+                f"--lr 8e-4 --epochs 15 --eval-every 5 --workers 1 {LIGHT} --seed 0",
+    "tiny-cnn": f"dearkd.py {TINY} --train-teacher resnet18 --batch-size 128 --lr 2e-3 --epochs 12 "
+                f"--eval-every 6 --workers 1 {LIGHT} --seed 0"}
+
+# {table: {row: command without --seed and --out}}; {out} is the row's folder
+TABLES = {
+    "vitkd": {
+        "alone": f"{VITKD} --teacher none",
+        "+ NKD": f"{VITKD} --teacher {VIT} --alpha 0 --beta 0",
+        "+ ViTKD": f"{VITKD} --teacher {VIT} {SCALED} --no-nkd",
+        "+ ViTKD + NKD": f"{VITKD} --teacher {VIT} {SCALED}",
+        "the same, weights not scaled to 16 tokens": f"{VITKD} --teacher {VIT}"},
+    "dearkd": {
+        "alone": f"{DEARKD} --teacher none --mhca-blocks 0",
+        "+ the CNN's class": f"{DEARKD} {CNN} --hints none --mhca-blocks 0",
+        "+ hints": f"{DEARKD} {CNN} --mhca-blocks 0",
+        "+ MHCA: DearKD": f"{DEARKD} {CNN}"},
+    "attndistill": {
+        "trained with labels, alone": "eval_knn.py --data data/cifar10 --data-fraction 0.2 "
+                                      "--workers 1 --weights out/study/vitkd-0-SEED/student.pth",
+        "projector alignment": f"{ATTN} --teacher {VIT} --lambda-a 0",
+        "+ attention guidance: AttnDistill": f"{ATTN} --teacher {VIT}"},
+    "dearkd-tiny": {
+        "alone": f"{TINY_DEARKD} --teacher none --mhca-blocks 0",
+        "+ the CNN's class": f"{TINY_DEARKD} {TINY_CNN} --hints none --mhca-blocks 0",
+        "+ hints + MHCA: DearKD": f"{TINY_DEARKD} {TINY_CNN}"},
+    "attndistill-tiny": {
+        "projector alignment": f"{TINY_ATTN} --teacher {TINY_VIT} --lambda-a 0",
+        "+ attention guidance: AttnDistill": f"{TINY_ATTN} --teacher {TINY_VIT}"}}
+
+
+def runs():
+    """{name: command}."""
+    found = {}
+    for table, rows in TABLES.items():
+        for name, command in TEACHERS.items():
+            if any(f"out/study/{name}/" in row for row in rows.values()):
+                found[name] = f"{command} --out out/study/{name}"
+        for seed in SEEDS:
+            for i, command in enumerate(rows.values()):
+                name = f"{table}-{i}-{seed}"
+                found[name] = command.replace("SEED", str(seed)) if "eval_knn" in command else (
+                    f"{command} --seed {seed} --out out/study/{name}")
+    return found
+
+
+def run(part):
+    todo = {name: command for name, command in runs().items()
+            if part in name and not (LOGS / f"{name}.log").exists()}
+    taking = threading.Lock()
+
+    def lane():
+        while True:
+            with taking:
+                name = next((name for name, command in todo.items()
+                             if all((LOGS / f"{needed}.log").exists()
+                                    for needed in re.findall(r"out/study/(\S+)/", command))), None)
+                command = todo.pop(name, None)
+            if not command:
+                return
+            before = datetime.datetime.now()
+            process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, text=True,
+                                       env={**os.environ, "OMP_NUM_THREADS": "1"},
+                                       stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+            output = process.stdout.read()
+            _, status, usage = os.wait4(process.pid, 0)
+            lines = [line for line in output.splitlines() if "Warning" not in line]
+            text = "\n".join([f"# {before:%Y-%m-%d}, {hardware()}", f"$ python {command}", *lines,
+                              f"# {usage.ru_utime + usage.ru_stime:.0f} s of one core"])
+            (LOGS / f"{name}.{'err' if status else 'log'}").write_text(text + "\n")
+            print(name, "FAILED" if status else "", lines[-1:], flush=True)
+
+    lanes = [threading.Thread(target=lane) for _ in range(2)]
+    for thread in lanes:
+        thread.start()
+    for thread in lanes:
+        thread.join()
+
+
+def hardware():
+    import torch
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    return f"one core of {cpu[1] if cpu else 'a CPU'}, torch {torch.__version__}, bf16"
+
+
+if __name__ == "__main__":
+    run(sys.argv[2] if len(sys.argv) > 2 else "")
