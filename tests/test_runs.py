@@ -259,6 +259,7 @@ def test_accumulation_and_processes_share_one_gradient(tmp_path):
             assert result["losses"][key] == pytest.approx(loss, rel=1e-6), (name, key)
 
 
+@pytest.mark.slow  # test_two_nodes_and_then_one_process is its short form
 def test_two_processes_train_and_evaluate_like_one(teacher, tmp_path):
     """The same images in the same batches: one epoch's weights agree up to rounding, and both
     evaluate the same teacher to the same top-1 (39 images: shards of 20 and 19)."""
