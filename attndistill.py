@@ -19,7 +19,7 @@ To copy the method, take this file, common.py and eval_knn.py.
 
 A student with the teacher's width, at a quarter of its tokens (a pair of the paper):
     torchrun --nproc_per_node 8 attndistill.py --teacher dino_s8 --student vit_s
-From today's self-supervised teachers (16 x 16 patches, the student has 14 x 14):
+From today's self-supervised teachers (a grid of 16 x 16 patches of 14 px; the student's: 14 x 14):
     torchrun --nproc_per_node 8 attndistill.py --teacher dinov2_b14 --student vit_s
 On a laptop, in minutes, with nothing to download:
     python attndistill.py --demo
@@ -55,7 +55,7 @@ import eval_knn
 
 
 def attention_guidance_loss(student_attn, teacher_attn, temperature=10.0):
-    """L_a, KL divergence from the student's class-token attention to the teacher's (scalar).
+    """L_a = KL(teacher || student) of their class tokens' attention, a scalar.
 
     student_attn (B, H_s, 1+N_s), teacher_attn (B, H_t, 1+N_t): probabilities, the class token's
     own first; N_s and N_t must be squares. What differs is brought together, the grids by
@@ -94,7 +94,7 @@ def merge_heads(attn, temperature):
 
 
 def clamp_attention(attn):
-    """Both sides to [1e-5, 0.996], then rows to sum 1 again."""
+    """From below and above to [1e-5, 0.996] (the authors' constants), then rows to sum 1 again."""
     attn = attn.clamp(1e-5, 0.996)
     return attn / attn.sum(-1, keepdim=True)
 
@@ -290,7 +290,7 @@ def load_teacher(name, weights=None, image_size=224):
         checkpoint = common.load_checkpoint(weights) if weights else download(source)
         state, is_moco = backbone(checkpoint, LEFT_OUT[name.split("_")[0]])
         arch = released_arch(name, state)
-        if is_moco:  # its ViT-S has twelve heads, which no shape tells
+        if is_moco:  # its ViT-S has twelve heads
             arch["num_heads"] = max(12, arch["num_heads"])
     elif Path(name).is_file():
         source, checkpoint = name, common.load_export(name)

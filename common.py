@@ -1,6 +1,6 @@
 """What all scripts need and no paper is about: processes, images, schedule, checkpoints, logs.
 
-Nothing here knows a model or a loss. In the order of a run:
+Nothing here knows a method or a loss. In the order of a run:
 
     run(main)                          errors as one line, signals, exit statuses
     init_processes()                   torchrun's ranks or a single process, GPU or CPU
@@ -15,6 +15,7 @@ Nothing here knows a model or a loss. In the order of a run:
 """
 
 import argparse
+import contextlib
 import datetime
 import fcntl
 import functools
@@ -46,7 +47,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 DRY_RUN_STEPS = 20
 WORKER_TIMEOUT = 600  # seconds for a batch; a disk may hang for ever
 SCRIPT = Path(sys.argv[0]).name
-# What a resumed run may change: it alters nothing (--compile: nothing but rounding).
+# What a resumed run may change, and one process against another: it alters nothing (--compile:
+# nothing but rounding). The content of data, val and teacher_weights is compared by checksums.
 FREE_ON_RESUME = {"data", "data_root", "val", "teacher_weights", "out", "resume", "workers",
                   "micro_batch", "eval_every", "compile", "dry_run"}
 
@@ -144,8 +146,10 @@ def run(main):
             raise
         traceback.print_exc()
         status = 1
-    for worker in multiprocessing.active_children() if status else []:
-        worker.kill()  # one that hangs would hold up the exit
+    if status:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        for worker in multiprocessing.active_children():
+            worker.kill()  # one that hangs would hold up the exit
     if dist.is_initialized():
         if status or dist.get_backend() == "gloo":  # tear-down may wait for a rank that has left
             sys.stdout.flush()
@@ -188,7 +192,7 @@ def world_size():
 _reduced = None
 
 
-def reduce(tensor, op):
+def all_reduce_(tensor, op):
     """dist.all_reduce, in place; nothing where there is one process.
 
     The tensor lives on until the next call. If gloo's thread were the last to hold it, it would
@@ -204,7 +208,7 @@ def reduce(tensor, op):
 def all_reduce(values, device, op=dist.ReduceOp.SUM):
     """A list of numbers, reduced over all processes (float64)."""
     values = torch.tensor(values, dtype=torch.float64, device=device)
-    reduce(values, op)
+    all_reduce_(values, op)
     return values.tolist()
 
 
@@ -218,8 +222,10 @@ def on_rank_zero(work):
             box[1] = end
     if dist.is_initialized():
         dist.broadcast_object_list(box, src=0)
-        time.sleep(0.1)  # gloo frees its tensors: see reduce()
+        time.sleep(0.1)  # gloo frees its tensors: see all_reduce_()
     if box[1]:
+        if rank():
+            box[1].alone = False  # rank 0 has told it
         raise box[1]
     return box[0]
 
@@ -228,7 +234,11 @@ def rank_zero_first(load):
     """load() on each rank, on rank 0 (which may download) before the others."""
     loaded = []
     on_rank_zero(lambda: loaded.append(load()))
-    return loaded[0] if rank() == 0 else load()
+    try:
+        return loaded[0] if rank() == 0 else load()
+    except Abort as error:
+        error.alone = True  # rank 0 had no such trouble
+        raise
 
 
 def require_same(value, complaint):
@@ -236,7 +246,7 @@ def require_same(value, complaint):
     values = [value] * world_size()
     if dist.is_initialized():
         dist.all_gather_object(values, value)
-        time.sleep(0.1)  # gloo frees its tensors: see reduce()
+        time.sleep(0.1)  # gloo frees its tensors: see all_reduce_()
     if len(set(values)) > 1:
         raise Abort(f"{complaint}: {', '.join(map(str, values))}")
 
@@ -253,7 +263,8 @@ def warn(text):
 
 
 def mix_seed(*numbers):
-    """One seed from e.g. (seed, epoch, rank): every tuple has unrelated random numbers."""
+    """One seed from e.g. (seed, epoch, rank): tuples have unrelated random numbers, but for those
+    that differ by zeros at their ends alone."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -597,7 +608,7 @@ def parameter_groups(module, weight_decay):
 
 
 def learning_rate(step, args, steps_per_epoch):
-    """Linear from 0 to lr over the warm-up epochs, then cosine to min_lr; `step` counts from 0."""
+    """Linear from (almost) 0 to lr over the warm-up, then cosine to min_lr; step: from 0 on."""
     warmup = args.warmup_epochs * steps_per_epoch
     if step < warmup:
         return args.lr * (step + 1) / (warmup + 1)
@@ -683,7 +694,7 @@ class Epoch:
         bad = ~good | ~fits & (scaler.get_scale() <= 1)
         signal_number = torch.full((), _signal, device=self.device)  # torch.tensor would wait
         flags = torch.stack([~(good & fits), bad, signal_number])
-        reduce(flags, dist.ReduceOp.MAX)
+        all_reduce_(flags, dist.ReduceOp.MAX)
         skip, bad, number = flags.tolist()
         if not self.bar.disable:
             self.bar.set_postfix({n: f"{float(v):.3g}" for n, v in self.step_losses.items()},
@@ -778,7 +789,8 @@ def write_whole(path, write):
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)  # the renaming, too
+        with contextlib.suppress(OSError):  # some network file systems cannot do that
+            os.fsync(folder)  # the renaming, too
         os.close(folder)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
@@ -865,12 +877,17 @@ def unlike(state, expected):
 _lock = None  # file descriptor of --out, locked against other runs
 
 
-def lock(folder):
-    """Raise Abort if another run, say the one that this one is to replace, still writes there."""
+def occupy(folder):
+    """Make the folder of --out and lock it. Raises Abort if that cannot be, or if another run, say
+    the one that this one is to replace, still writes there."""
     global _lock
-    if _lock:
-        os.close(_lock)
-    _lock = os.open(folder, os.O_RDONLY)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if _lock:
+            os.close(_lock)
+        _lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o666)  # NFS: must be writable
+    except OSError as error:
+        raise Abort(f"cannot write to --out {folder}: {error}")
     try:
         fcntl.flock(_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -890,34 +907,35 @@ def checksum(module):
 
 
 def open_run(args):
-    """Make or check --out. Returns last.pth's content if the run goes on from it, else None."""
+    """Make or check --out. Returns last.pth's content if the run goes on from it, else None. From
+    now on signals let the step under way finish."""
     hold_signals()
     require_same(args.images, "the processes do not have the same images in --data and --val")
+    first = on_rank_zero(lambda: comparable(args))
+    require_same(changes(first, args), "the processes' settings differ from the first one's")
     if args.dry_run:
         return None
     out, checkpoint = Path(args.out), None
     last, log = out / "last.pth", out / "log.jsonl"
-    if args.resume and (last.exists() or args.resume != "auto"):
+    elsewhere = f"--out {out} is not the same folder for all processes: they must share it; "
+    require_same(last.exists(), elsewhere + "is there a last.pth, by process")
+    if last.exists() and not args.resume:
+        raise Abort(f"{out} already holds a run: --resume goes on with it, --out takes another")
+    if last.exists() or args.resume != "yes":
+        on_rank_zero(lambda: occupy(out))
+    if last.exists() or args.resume == "yes":
         checkpoint = load_checkpoint(last)
         if not isinstance(checkpoint, dict) or "args" not in checkpoint:
             raise Abort(f"{last} is no checkpoint to resume from")
-        now, then = comparable(args), checkpoint["args"]
-        changed = [f"--{name.replace('_', '-')} {then.get(name)} -> {now.get(name)}"
-                   for name in sorted(now.keys() | then.keys()) if now.get(name) != then.get(name)]
+        changed = changes(checkpoint["args"], args)
         if changed:
-            raise Abort(f"{last} is of a run with other settings: {', '.join(changed)}")
+            raise Abort(f"{last} is of a run with other settings: {changed}")
         if checkpoint["epoch"] == args.epochs:
             say(f"{last} is of a finished run: nothing is left to do")
-    elif last.exists():
-        raise Abort(f"{out} already holds a run: --resume goes on with it, --out takes another")
-    # also: all have looked before rank 0 writes
-    require_same(checkpoint and checkpoint["epoch"], f"--out {out} is not the same folder for all "
-                 f"processes: they must share it; epochs finished, by process")
+    require_same(checkpoint and checkpoint["epoch"], elsewhere + "epochs finished, by process")
 
-    def prepare():
+    def prepare():  # all have looked before rank 0 writes
         try:
-            out.mkdir(parents=True, exist_ok=True)
-            lock(out)
             for stray in out.glob("*.tmp"):  # of a run that was killed while writing
                 stray.unlink()
             lines = log.read_text(errors="replace").splitlines() if log.exists() else []
@@ -946,6 +964,14 @@ def open_run(args):
 def comparable(args):
     """The settings that decide the result, as plain values."""
     return {name: value for name, value in vars(args).items() if name not in FREE_ON_RESUME}
+
+
+def changes(then, args):
+    """"--lr 0.1 -> 0.2, ...": what differs between comparable() settings and these."""
+    now = comparable(args)
+    return ", ".join(f"--{name.replace('_', '-')} {then.get(name)} -> {now.get(name)}"
+                     for name in sorted(now.keys() | then.keys())
+                     if now.get(name) != then.get(name))
 
 
 def log_epoch(args, record, seconds_left):

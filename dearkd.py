@@ -85,7 +85,8 @@ class ConvAttention(nn.Module):
     logit  q.k / sqrt(D/H) + dropout(v_h . r_d),  r_d = (|d|^2, d1, d2),  v_h = pos_weight[h].
     v_h = -a (1, -2 c1, -2 c2) gives -a |d - c|^2 and a constant: a Gaussian around offset c. At
     first a = 1 and the heads' c are the nearest offsets. Prefix tokens (class, distillation) have
-    no place: their rows and columns get 0. Dropout strikes a head's whole offset, for all images.
+    no place: their rows and columns get 0. Dropout strikes a head's whole offset, for all images:
+    there a term that may be -300 is 0, so that far patches are looked at, too, while it learns.
 
     forward: (B, P+N, D) -> (B, P+N, D), P = num_prefix_tokens, N = grid_size^2
     """
@@ -112,7 +113,7 @@ class ConvAttention(nn.Module):
 
     def position_term(self):
         """(H, P+N, P+N), added to the logits: computed once for all images."""
-        term = (self.pos_weight[:, None] * self.r).sum(2)   # (H, (2g-1)^2); autocast leaves it be
+        term = (self.pos_weight[:, None] * self.r).sum(2)   # (H, (2g-1)^2), float32: no @
         term = F.dropout(term, self.pos_dropout, self.training)
         P = self.num_prefix_tokens
         return F.pad(term[:, self.offset], (P, 0, P, 0))                    # (H, P+N, P+N)
@@ -156,12 +157,12 @@ def hint_loss(student_map, teacher_map):
 
 
 def intra_divergence_loss(features, labels):
-    """L_bp of DF-DearKD: spreads the images of a class without moving the class's boundary.
+    """L_bp of DF-DearKD: spreads the images of a class up to where the class now ends.
 
     Features (B, D), L2-normalised here, labels (B,). Among its class-mates image i has an easiest
     positive e, the nearest, which is pushed away up to where the hardest one h is, the farthest,
-    which stays (d: Euclidean distance; its gradient does not vanish between near-copies, as that
-    of 1 - cosine does):  L_bp = mean_i max(0, stopgrad(d_ih) - d_ie).
+    on which this term has no pull (d: Euclidean distance; its gradient does not vanish between
+    near-copies, as that of 1 - cosine does):  L_bp = mean_i max(0, stopgrad(d_ih) - d_ie).
     Images with fewer than two class-mates contribute nothing.
     """
     f = F.normalize(features, dim=1)
@@ -392,9 +393,9 @@ class Teacher(nn.Module):
     forward(images) -> logits (B, C)
     features(images) -> (maps: [(B, C_1, h_1, h_1), ...], large ones first; logits)
 
-    A stage is a resolution: its map is the last one of that size through which everything that
-    follows is computed. That makes the stages of a ResNet conv1, conv2_x, .., conv5_x, after their
-    ReLU. (Where a CNN has none there, DenseNet or ConvNeXt, maps have negative values, too.)
+    A CNN's stage is a resolution: its map is the last one of that size through which everything
+    that follows is computed. That makes the stages of a ResNet conv1, conv2_x, .., conv5_x, after
+    their ReLU. (Where a CNN has none there, DenseNet or ConvNeXt, maps have negative values, too.)
     """
 
     def __init__(self, cnn, image_size, mean=common.MEAN, std=common.STD):
@@ -707,11 +708,12 @@ def parse_hints(text, depth, stages, grid):
                                f"or none for no hints")
         if not 0 <= block < depth:
             raise common.Abort(f"--hints {text}: the student has blocks 0 to {depth - 1}")
-        if not 1 <= (stage if stage > 0 else last + 1 + stage) <= last or stage == 0:
+        number = stage if stage > 0 else last + 1 + stage
+        if stage == 0 or not 1 <= number <= last:
             found = ", ".join(f"{i} ({channels} x {size} x {size})"
                               for i, (_, channels, size) in enumerate(stages, 1))
             raise common.Abort(f"--hints {text}: the teacher has stages {found}")
-        hints.append((block, stage if stage > 0 else last + 1 + stage))
+        hints.append((block, number))
     return hints
 
 
@@ -884,8 +886,8 @@ def class_names(cnn, num_classes):
     names = []
     if not Path(cnn).is_file() and cnn not in CIFAR_RESNETS:
         names = models.get_model_weights(cnn).DEFAULT.meta["categories"]
-    names, digits = names if len(names) == num_classes else num_classes * [""], len(
-        str(num_classes - 1))
+    names = names if len(names) == num_classes else num_classes * [""]
+    digits = len(str(num_classes - 1))
     return [f"{i:0{digits}d} {name}".strip().replace("/", " ") for i, name in enumerate(names)]
 
 
@@ -1030,10 +1032,12 @@ def fill_folder(args, device):
         raise common.Abort(f"the teacher has {num_classes} classes, {source} {len(names)}")
 
     out = Path(args.synthesize)
-    record = common.on_rank_zero(lambda: open_folder(out, {
-        "settings": {**settings, "weights": common.checksum(teacher), **{k: getattr(args, k) for k in (
-            "amp", "image_size", "images_per_class", "images_per_batch", "competitor",
-            "competition", "seed")}}, "classes": names}, args.dry_run))
+    settled = {**settings, "weights": common.checksum(teacher)}
+    for name in ("amp", "image_size", "images_per_class", "images_per_batch", "competitor",
+                 "competition", "seed"):
+        settled[name] = getattr(args, name)
+    record = common.on_rank_zero(lambda: open_folder(
+        out, {"settings": settled, "classes": names}, args.dry_run))
     batches = plan_batches(num_classes, args.images_per_class, args.images_per_batch, args.seed)
 
     def files(i):
@@ -1048,7 +1052,8 @@ def fill_folder(args, device):
     if real and common.rank() == 0:
         record["real"] = figures(real, teacher, verifier, args, device, autocast)
         say_figures("real", record["real"])
-        if record["real"]["teacher_top1"] < 200 / num_classes:
+        chance = 100 / num_classes
+        if record["real"]["teacher_top1"] < chance + 0.1 * (100 - chance):
             common.warn(f"that is near chance: do {source}'s class folders sort in the order of "
                         f"the teacher's outputs?")
 

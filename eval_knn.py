@@ -117,9 +117,8 @@ def extract_features(model, dataset, args, device, autocast, dtype=torch.float16
         labels[rows] = ((target + 1) * (unreadable == 0)).to(device)
         at = rows.stop
     common.stop_together(device, "while computing features")
-    if dist.is_initialized():
-        dist.all_reduce(features)
-        dist.all_reduce(labels)
+    common.all_reduce_(features, dist.ReduceOp.SUM)
+    common.all_reduce_(labels, dist.ReduceOp.SUM)
     all_finite, = common.all_reduce([finite], device, dist.ReduceOp.MIN)
     if not all_finite:
         raise common.Abort(f"features are not finite in {dtype}: the weights are broken, or "

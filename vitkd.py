@@ -9,7 +9,8 @@ The idea. A ViT's first blocks look alike in teacher and student, its last ones 
   - deep (after the last norm): half of the student's patch tokens are masked out, and a small
     convolutional decoder must GENERATE the teacher's tokens there from the other half;
   - logits: NKD separates the target class from how the other classes share what is left.
-What is distilled are the FFN's outputs in the residual stream, not attention maps.
+All are added to the usual cross-entropy. What is distilled is the residual stream after whole
+blocks, that is after their FFNs, not attention maps.
 
 Formulas and constants are the authors' (papers and released code). Ours: RandAugment is
 torchvision's, whose operations differ a little from timm's; --lr follows the batch size; an
@@ -55,9 +56,9 @@ class ViTKDLoss(nn.Module):
     """Feature distillation between two ViTs with the same patch grid (arXiv 2209.02432, section 3).
 
     forward(student_shallow, student_deep, teacher_shallow, teacher_deep) -> (L_m, L_g), scalars:
-        shallow: list of two (B, N, D), patch tokens after blocks 0 and 1
-        deep: (B, N, D), patch tokens after the final norm; N must be a square
-    Both are sums over N * D_t: the defaults of alpha and beta are for N = 196 (224 px, patch 16).
+        shallow: list of two (B, N, D_s or D_t), patch tokens after blocks 0 and 1
+        deep: (B, N, D_s or D_t), patch tokens after the final norm; N must be a square
+    Both are sums over N * D_t, means over B: alpha's and beta's defaults are for N = 196 (224 px).
     """
 
     def __init__(self, student_dim, teacher_dim, alpha=ALPHA, beta=BETA, mask_ratio=0.5):
@@ -101,7 +102,8 @@ class ViTKDLoss(nn.Module):
 
 def random_mask(batch_size, num_tokens, mask_ratio, device=None):
     """(B, N) bool, True = masked: N - floor(N * (1 - mask_ratio)) random tokens of each image."""
-    masked = num_tokens - math.floor(num_tokens * (1 - mask_ratio) + 1e-9)  # 10 * (1 - 0.9) < 1
+    # 1e-9: 10 * (1 - 0.9) falls just short of 1
+    masked = num_tokens - math.floor(num_tokens * (1 - mask_ratio) + 1e-9)
     chosen = torch.rand(batch_size, num_tokens, device=device).topk(masked, dim=1).indices
     mask = torch.zeros(batch_size, num_tokens, dtype=torch.bool, device=device)
     return mask.scatter(1, chosen, True)
@@ -263,10 +265,10 @@ def load_teacher(name, weights=None, num_classes=1000, image_size=224):
     """A frozen ViT in eval mode, for images of `image_size` pixels.
 
     name: one of TEACHERS, its weights read from the file `weights` or else downloaded; or the path
-    of a student.pth of this project. Patch size, native image size and class count are read off
-    the weights; at another image size the position embedding is resized.
-    Raises common.Abort: unknown name, weights missing, damaged or of another model, a head that
-    has not `num_classes` classes, an image size that the patch size does not divide.
+    of a student.pth of vitkd.py. Patch size, native image size and class count are read off
+    released weights; at another image size the position embedding is resized.
+    Raises common.Abort: unknown name, no download, weights missing, damaged or of another model, a
+    head that has not `num_classes` classes, an image size that the patch size does not divide.
     """
     if name in TEACHERS:
         source = weights or RELEASES + TEACHERS[name][-1]
@@ -278,8 +280,8 @@ def load_teacher(name, weights=None, num_classes=1000, image_size=224):
     elif Path(name).is_file():
         source, checkpoint = name, common.load_export(name)
         if checkpoint["script"] != "vitkd":
-            raise common.Abort(f"{name} was written by {checkpoint['script']}.py, whose ViT is "
-                               f"another one")
+            raise common.Abort(f"{name} was written by {checkpoint['script']}.py, whose ViT has "
+                               f"no classes, or is another one")
         state, arch = checkpoint["model"], checkpoint["arch"]
     else:
         raise common.Abort(f"no teacher {name}: take {', '.join(TEACHERS)}, "

@@ -508,7 +508,7 @@ def test_help_and_defaults_are_the_recipe(monkeypatch):
     assert {name: getattr(args, name) for name in recipe} == recipe
 
 
-@pytest.mark.parametrize("lambda_a, amp", [("0.1", "off"), ("0.1", "bf16"), ("0", "fp16")])
+@pytest.mark.parametrize("lambda_a, amp", [("0", "off"), ("0.1", "bf16")])
 def test_a_run_and_what_it_leaves(lambda_a, amp, teacher, tmp_path, capsys, monkeypatch):
     data, weights = teacher
     before = common.load_checkpoint(weights)["model"]
@@ -519,7 +519,7 @@ def test_a_run_and_what_it_leaves(lambda_a, amp, teacher, tmp_path, capsys, monk
         attndistill, capsys, monkeypatch, *SMALL, "--data", data, "--teacher", weights, "--epochs",
         4, "--eval-every", 2, "--lambda-a", lambda_a, "--amp", amp, "--out", tmp_path)
     assert status == 0, err
-    assert {p.name for p in tmp_path.iterdir()} == {"last.pth", "best.pth", "student.pth",
+    assert {p.name for p in tmp_path.iterdir()} == {".lock", "last.pth", "best.pth", "student.pth",
                                                     "log.jsonl", "args.json"}
     log = lines_of(tmp_path)
     assert log[-1]["alignment"] < log[0]["alignment"]
@@ -547,7 +547,7 @@ def test_a_run_and_what_it_leaves(lambda_a, amp, teacher, tmp_path, capsys, monk
         "--workers", 2, "--amp", "bf16" if amp == "bf16" else "off", "--micro-batch", 16)
     assert status == 0, err
     for k in (10, 20, 100, 200):
-        assert f"k = {k:<4d} top-1 {log[-1][f'knn{k}']:6.2f} %" in table or amp == "fp16"
+        assert f"k = {k:<4d} top-1 {log[-1][f'knn{k}']:6.2f} %" in table
     cheap = rebuilt.double().class_token_and_attention(images.double())[0]
     assert torch.allclose(theirs.double()(images.double()), cheap, rtol=1e-10, atol=1e-10)
 
