@@ -96,6 +96,16 @@ def hold_signals():
     _held = True
 
 
+@contextlib.contextmanager
+def signals_held():
+    """The same for a while: a loader that is broken off anywhere may leave a lock taken, and its
+    tear-down waits for that. Then stop_together()."""
+    global _held
+    before, _held = _held, True
+    yield
+    _held = before
+
+
 def stop(number, when):
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # if a loader's workers die of it, too: no error
     raise Stopped(f"stopped by {signal.Signals(number).name} {when}", 128 + number)

@@ -105,18 +105,19 @@ def extract_features(model, dataset, args, device, autocast, dtype=torch.float16
     features = torch.zeros(len(dataset), model.cls_token.shape[-1], dtype=dtype, device=device)
     labels = torch.zeros(len(dataset), dtype=torch.long, device=device)  # 1 + label, unreadable: 0
     finite = torch.ones((), dtype=torch.bool, device=device)
-    for images, target, unreadable in tqdm(loader, "features", leave=False,
-                                           disable=None if common.rank() == 0 else True):
-        if common.signalled():
-            break
-        with autocast():
-            z = model(common.normalize(images, device)).to(dtype)           # (B, D)
-        finite &= z.isfinite().all()
-        rows = slice(at, at + common.world_size() * len(z), common.world_size())
-        features[rows] = z
-        labels[rows] = ((target + 1) * (unreadable == 0)).to(device)
-        at = rows.stop
-    common.stop_together(device, "while computing features")
+    with common.signals_held():
+        for images, target, unreadable in tqdm(loader, "features", leave=False,
+                                               disable=None if common.rank() == 0 else True):
+            if common.signalled():
+                break
+            with autocast():
+                z = model(common.normalize(images, device)).to(dtype)       # (B, D)
+            finite &= z.isfinite().all()
+            rows = slice(at, at + common.world_size() * len(z), common.world_size())
+            features[rows] = z
+            labels[rows] = ((target + 1) * (unreadable == 0)).to(device)
+            at = rows.stop
+        common.stop_together(device, "while computing features")
     common.all_reduce_(features, dist.ReduceOp.SUM)
     common.all_reduce_(labels, dist.ReduceOp.SUM)
     all_finite, = common.all_reduce([finite], device, dist.ReduceOp.MIN)
