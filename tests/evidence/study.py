@@ -1,7 +1,7 @@
 """Results on real images, with seeds: makes the runs, and README's tables from their logs.
 
-    python tests/evidence/study.py run [PART OF A NAME]   # those that study/NAME.log lacks, two at a time
-    python tests/evidence/study.py tables                 # Markdown, from the logs alone
+    python tests/evidence/study.py run [PART OF A NAME]   # what study/NAME.log lacks, two at a time
+    python tests/evidence/study.py tables                 # into README, from the logs alone
 
 Needs data/cifar10 and data/tiny_imagenet20 (class folders of JPEGs) and data/cifar_resnet56.pth.
 Each run has one thread, so its log gives the seconds of one core that it took.
@@ -11,9 +11,11 @@ import datetime
 import os
 import re
 import shlex
+import statistics
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -70,6 +72,8 @@ TABLES = {
         "projector alignment": f"{TINY_ATTN} --teacher {TINY_VIT} --lambda-a 0",
         "+ attention guidance: AttnDistill": f"{TINY_ATTN} --teacher {TINY_VIT}"}}
 
+SUMMARIES = {"vitkd": (0, 3), "dearkd": (0, 3), "attndistill": (1, 2)}  # without and with, as rows
+
 
 def runs():
     """{name: command}."""
@@ -99,7 +103,10 @@ def run(part):
                                     for needed in re.findall(r"out/study/(\S+)/", command))), None)
                 command = todo.pop(name, None)
             if not command:
-                return
+                if not todo:
+                    return
+                time.sleep(5)  # what is left needs a teacher that the other lane trains
+                continue
             before = datetime.datetime.now()
             process = subprocess.Popen([sys.executable, *shlex.split(command)], cwd=ROOT, text=True,
                                        env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -110,6 +117,8 @@ def run(part):
             text = "\n".join([f"# {before:%Y-%m-%d}, {hardware()}", f"$ python {command}", *lines,
                               f"# {usage.ru_utime + usage.ru_stime:.0f} s of one core"])
             (LOGS / f"{name}.{'err' if status else 'log'}").write_text(text + "\n")
+            if status:
+                todo.clear()
             print(name, "FAILED" if status else "", lines[-1:], flush=True)
 
     lanes = [threading.Thread(target=lane) for _ in range(2)]
@@ -125,5 +134,64 @@ def hardware():
     return f"one core of {cpu[1] if cpu else 'a CPU'}, torch {torch.__version__}, bf16"
 
 
+def result(text):
+    """Top-1 in percent of the last evaluation in a log: the classifier's, or k-NN's with k = 20."""
+    found = re.findall(r"  top1 ([\d.]+)|knn20 ([\d.]+)|k = 20 +top-1 +([\d.]+)", text)
+    return float("".join(found[-1]))
+
+
+def summary(name):
+    """Mean of the row without the method and of that with all of it."""
+    found = [[result(path.read_text()) for seed in SEEDS
+              if (path := LOGS / f"{name}-{i}-{seed}.log").exists()]
+             for i in SUMMARIES[name]]
+    if any(len(top1s) < len(SEEDS) for top1s in found):
+        return "not run"
+    return f"{' -> '.join(f'{statistics.mean(top1s):.1f}' for top1s in found)} (mean of 3 seeds)"
+
+
+def table(name):
+    """Markdown of one table, from its logs alone."""
+    head = "| student | " + " | ".join(f"seed {seed}" for seed in SEEDS)
+    lines = [f"{head} | mean | deviation | core minutes |", "|---" * (len(SEEDS) + 4) + "|"]
+    teachers, logs = {}, []
+    for i, row in enumerate(TABLES[name]):
+        texts = {seed: path.read_text() for seed in SEEDS
+                 if (path := LOGS / f"{name}-{i}-{seed}.log").exists()}
+        found = {seed: result(text) for seed, text in texts.items()}
+        minutes = [int(re.search(r"# (\d+) s of one core", text)[1]) / 60
+                   for text in texts.values()]
+        cells = [f"{found[seed]:.1f}" if seed in found else "not run" for seed in SEEDS]
+        few = len(found) < 2
+        cells += [f"{statistics.mean(found.values()):.1f}" if found else "",
+                  "" if few else f"{statistics.stdev(found.values()):.1f}",
+                  f"{statistics.mean(minutes):.1f}" if minutes else ""]
+        lines.append(f"| {row} | {' | '.join(cells)} |")
+        logs += texts.values()
+        for text in texts.values():
+            for teacher, top1 in re.findall(r"teacher (\S+): top-1 ([\d.]+) %", text):
+                teachers[teacher] = f"top-1 {float(top1):.1f} %"
+            for teacher, top1 in re.findall(r"teacher (\S+), k-NN.* ([\d.]+) % \(knn20\)", text):
+                teachers[teacher] = f"k-NN top-1 {float(top1):.1f} %"
+    made = sorted({text.splitlines()[0].removeprefix("# ") for text in logs})
+    return "\n".join([*lines, "", *(f"Teacher {t}: {top1}." for t, top1 in teachers.items()),
+                      f"Made on {'; '.join(made)}."])
+
+
+def filled_readme():
+    """README with <!-- KIND NAME --> ... <!-- end --> filled with what the logs say."""
+    bench = re.findall(r"(?:^\|.*\n)+", (LOGS.parent / "bench_cpu.md").read_text(), re.MULTILINE)
+    kinds = {"of": summary, "study": lambda name: f"\n{table(name)}\n",
+             "bench": lambda number: f"\n{bench[int(number)]}"}
+    return re.sub(r"(<!-- (of|study|bench) (\S+) -->).*?(<!-- end -->)",
+                  lambda match: match[1] + kinds[match[2]](match[3]) + match[4],
+                  (ROOT / "README.md").read_text(), flags=re.DOTALL)
+
+
 if __name__ == "__main__":
-    run(sys.argv[2] if len(sys.argv) > 2 else "")
+    if sys.argv[1:2] == ["run"]:
+        run(sys.argv[2] if len(sys.argv) > 2 else "")
+    elif sys.argv[1:] == ["tables"]:
+        (ROOT / "README.md").write_text(filled_readme())
+    else:
+        sys.exit(__doc__)
