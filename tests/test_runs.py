@@ -403,15 +403,15 @@ def test_demo_prints_its_table():
 @pytest.mark.parametrize("script", ["vitkd", "attndistill", "dearkd"])
 def test_compiled_steps_are_one_graph_and_the_same_steps(script, processes, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_LOGS", "graph_breaks,recompiles")
-    flags = ["--teacher", a_teacher(script, tmp_path), "--student", "micro", "--batch-size", 16,
-             "--epochs", 2, "--amp", "off"]
+    base = command_of(script, tmp_path, "--teacher", a_teacher(script, tmp_path), "--student",
+                      "micro", "--batch-size", 16, "--epochs", 2, "--amp", "off")
     if script != "attndistill":
-        flags += ["--mixup", 0, "--cutmix", 0]
-    flags += {"vitkd": ["--mask-ratio", 1], "dearkd": ["--pos-dropout", 0]}.get(script, [])
+        base += ["--mixup", 0, "--cutmix", 0]
+    base += {"vitkd": ["--mask-ratio", 1], "dearkd": ["--pos-dropout", 0]}.get(script, [])
     logs = []
     for more in ([], ["--compile"]):
         out = tmp_path / f"run{len(more)}"
-        command = [*command_of(script, tmp_path), *flags, *more, "--out", out]
+        command = [*base, *more, "--out", out]
         _, err = run(*(command if processes == 1 else torchrun(2, *command)), timeout=600)
         assert "Graph break" not in err, err[-3000:]
         logs.append([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()])
@@ -422,9 +422,8 @@ def test_compiled_steps_are_one_graph_and_the_same_steps(script, processes, tmp_
         for name in losses & a.keys():
             assert a[name] == pytest.approx(b[name], rel=1e-3), name
     if script != "attndistill":
-        command = [*command_of(script, tmp_path), *flags, "--compile", "--drop-path", 0.2]
-        _, err = run(*(command if processes == 1 else torchrun(2, *command)), "--out",
-                     tmp_path / "drop", timeout=600)
+        command = [*base, "--compile", "--drop-path", 0.2, "--out", tmp_path / "drop"]
+        _, err = run(*(command if processes == 1 else torchrun(2, *command)), timeout=600)
         assert "Graph break" not in err, err[-3000:]
 
 

@@ -584,7 +584,8 @@ def test_soak(script, tmp_path):
     for i in range(3):  # the script and its two lasting workers
         growth = max(row[1][i] for row in late) - max(row[1][i] for row in early)
         assert growth < 10, (i, growth)  # MiB
-    assert max(row[2] for row in late) <= max(row[2] for row in early)
+    # The least: at times a log or checkpoint is being written.
+    assert min(row[2] for row in late) <= min(row[2] for row in early)
     workers = set(early[0][3])
     assert len(workers) >= 2 and all(workers <= set(row[3]) for row in (*early, *late))
     assert len(lines_of(tmp_path / "run")) == 200

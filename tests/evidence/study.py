@@ -42,11 +42,11 @@ TEACHERS = {
     "cifar10-vit": f"vitkd.py {CIFAR} --teacher none --student deit_t --patch-size 8 --batch-size "
                    f"128 --lr 8e-4 --epochs 6 --workers 1 {LIGHT} --seed 0",
     "tiny-vit": f"vitkd.py {TINY} --teacher none --student deit_t --patch-size 16 --batch-size 128 "
-                f"--lr 8e-4 --epochs 15 --eval-every 5 --workers 1 {LIGHT} --seed 0",
-    "tiny-cnn": f"dearkd.py {TINY} --train-teacher resnet18 --batch-size 128 --lr 2e-3 --epochs 12 "
-                f"--eval-every 6 --workers 1 {LIGHT} --seed 0"}
+                f"--lr 8e-4 --epochs 12 --eval-every 6 --workers 1 {LIGHT} --seed 0",
+    "tiny-cnn": f"dearkd.py {TINY} --train-teacher resnet18 --batch-size 128 --lr 2e-3 --epochs 10 "
+                f"--eval-every 5 --workers 1 {LIGHT} --seed 0"}
 
-# {table: {row: command without --seed and --out}}; {out} is the row's folder
+# {table: {row: command without --seed and --out}}
 TABLES = {
     "vitkd": {
         "alone": f"{VITKD} --teacher none",
@@ -63,7 +63,8 @@ TABLES = {
         "trained with labels, alone": "eval_knn.py --data data/cifar10 --data-fraction 0.2 "
                                       "--workers 1 --weights out/study/vitkd-0-SEED/student.pth",
         "projector alignment": f"{ATTN} --teacher {VIT} --lambda-a 0",
-        "+ attention guidance: AttnDistill": f"{ATTN} --teacher {VIT}"},
+        "+ attention guidance: AttnDistill": f"{ATTN} --teacher {VIT}",
+        "the same, guidance ten times as strong": f"{ATTN} --teacher {VIT} --lambda-a 1"},
     "dearkd-tiny": {
         "alone": f"{TINY_DEARKD} --teacher none --mhca-blocks 0",
         "+ the CNN's class": f"{TINY_DEARKD} {TINY_CNN} --hints none --mhca-blocks 0",
