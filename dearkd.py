@@ -310,6 +310,19 @@ def attention_distance(model, images):
     return torch.stack(rows)
 
 
+def resize_pos_embed(pos_embed, grid):
+    """(1, [1+]N, D) -> (1, [1+]grid*grid, D): the patch part bicubically, the class row as it is.
+
+    antialias=True turns torch's cubic kernel from a = -0.75 into a = -0.5, which keeps ramps."""
+    old = math.isqrt(pos_embed.shape[1])
+    cls, patches = pos_embed[:, :-old * old], pos_embed[:, -old * old:]
+    if grid != old:
+        patches = patches.reshape(1, old, old, -1).permute(0, 3, 1, 2)      # (1, D, old, old)
+        patches = F.interpolate(patches.float(), (grid, grid), mode="bicubic", antialias=True)
+        patches = patches.flatten(2).transpose(1, 2)                        # (1, grid*grid, D)
+    return torch.cat([cls, patches], 1)
+
+
 # ------------------------------------------------------------------ the teacher
 
 

@@ -187,7 +187,7 @@ def test_what_is_the_same_in_the_methods_is_the_same_text():
         return {node.name: ast.unparse(node) for node in tree.body if hasattr(node, "name")}
 
     ours, theirs = texts("dearkd.py"), texts("vitkd.py")
-    for name in ("Attention", "Mlp", "PatchEmbed", "download"):
+    for name in ("Attention", "Mlp", "PatchEmbed", "download", "resize_pos_embed"):
         assert ours[name] == theirs[name], name
 
 
