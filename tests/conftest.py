@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ.setdefault("CUDA_VISIBLE_DEVICES", "")  # the same tests everywhere: on CPUs
@@ -105,6 +106,15 @@ def finish(process, timeout=240):
         process.kill()
         raise
     return process.returncode, out, err
+
+
+def wait_for(condition, process, seconds=120):
+    """Until condition() holds; the process must go on meanwhile."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, finish(process)
+        assert time.monotonic() < deadline, "nothing happened"
+        time.sleep(0.005)
 
 
 def children(pid):

@@ -19,6 +19,7 @@ from conftest import (
     released_state,
     start,
     torchrun,
+    wait_for,
 )
 from PIL import Image
 
@@ -595,14 +596,14 @@ def test_resume_after_kill_equals_the_uninterrupted_run_bit_for_bit(teacher, tmp
     data, weights = teacher
     command = ["attndistill.py", *SMALL, "--data", data, "--teacher", weights, "--batch-size", 4,
                "--epochs", 3, "--eval-every", 1]
-    run(*command, "--out", tmp_path / "whole")
+    whole = start(*command, "--out", tmp_path / "whole")
     process = start(*command, "--out", tmp_path / "killed")
-    while not (tmp_path / "killed" / "last.pth").exists():
-        assert process.poll() is None, finish(process)
+    wait_for((tmp_path / "killed" / "last.pth").exists, process)
     process.kill()
     finish(process)
     assert common.load_checkpoint(tmp_path / "killed" / "last.pth")["epoch"] < 3
     run(*command, "--out", tmp_path / "killed", "--resume")
+    assert finish(whole)[0] == 0
     for name in ("student.pth", "best.pth", "last.pth"):
         a, b = (common.load_checkpoint(tmp_path / run / name) for run in ("whole", "killed"))
         for part in ("model", "projector") if name == "last.pth" else ("model",):
@@ -614,9 +615,10 @@ def test_resume_after_kill_equals_the_uninterrupted_run_bit_for_bit(teacher, tmp
 def test_two_processes_train_and_evaluate_like_one(teacher, tmp_path):
     data, weights = teacher
     flags = [*SMALL, "--amp", "off", "--data", data, "--epochs", 1, "--teacher", weights]
-    one, _ = run("attndistill.py", *flags, "--out", tmp_path / "one")
+    one = start("attndistill.py", *flags, "--out", tmp_path / "one")
     two, _ = run(*torchrun(2, "attndistill.py", *flags, "--micro-batch", 4, "--out",
                            tmp_path / "two"))
+    _, one, _ = finish(one)
     assert one.splitlines()[0] == two.splitlines()[0]  # the teacher's k-NN
     torch.manual_seed(0)
     begin = attndistill.ViT(16, 4, 96, 6, 3, 0).state_dict()
@@ -651,8 +653,7 @@ def test_signal_while_features_are_computed(tmp_path):
     process = start("attndistill.py", "--data", "shapes", "--teacher", weights, "--student",
                     "micro", "--image-size", 32, "--patch-size", 8, "--batch-size", 50, "--epochs",
                     1, "--out", tmp_path / "run")
-    while not (tmp_path / "run" / "log.jsonl").exists():  # then the teacher's features are next
-        assert process.poll() is None, finish(process)
+    wait_for((tmp_path / "run" / "log.jsonl").exists, process)  # the teacher's features are next
     process.send_signal(signal.SIGTERM)
     code, _, err = finish(process)
     assert code == 143 and "stopped by SIGTERM while computing features" in err

@@ -10,7 +10,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import DATA, ROOT, finish, in_process, make_photos, start, torchrun
+from conftest import (
+    DATA,
+    ROOT,
+    finish,
+    in_process,
+    make_photos,
+    start,
+    torchrun,
+    wait_for,
+)
 from PIL import Image
 
 import common
@@ -525,17 +534,15 @@ def test_resume_across_the_border_equals_the_uninterrupted_run(teacher, tmp_path
     data, weights = teacher
     command = ["dearkd.py", *SMALL, "--data", data, "--teacher", weights, "--batch-size", 4,
                "--epochs", 4, "--stage1-epochs", 2, "--drop-path", 0.1]
-    run(*command, "--out", tmp_path / "whole")
+    whole = start(*command, "--out", tmp_path / "whole")
     process = start(*command, "--out", tmp_path / "killed")
-    while True:
-        assert process.poll() is None, finish(process)
-        last = tmp_path / "killed" / "last.pth"
-        if last.exists() and common.load_checkpoint(last)["epoch"] == 2:
-            break
+    last = tmp_path / "killed" / "last.pth"
+    wait_for(lambda: last.exists() and common.load_checkpoint(last)["epoch"] == 2, process)
     process.kill()
     finish(process)
     assert common.load_checkpoint(last)["epoch"] in (2, 3)
     run(*command, "--out", tmp_path / "killed", "--resume")
+    assert finish(whole)[0] == 0
     for name in ("student.pth", "last.pth"):
         a, b = (common.load_checkpoint(tmp_path / folder / name) for folder in ("whole", "killed"))
         for part in ("model", "aligners") if name == "last.pth" else ("model",):
@@ -549,8 +556,9 @@ def test_two_processes_train_like_one(teacher, tmp_path):
     data, weights = teacher
     flags = [*SMALL, "--amp", "off", "--data", data, "--epochs", 2, "--stage1-epochs", 1,
              "--teacher", weights, "--pos-dropout", 0, "--mixup", 0, "--cutmix", 0, "--lr", 1e-4]
-    one, _ = run("dearkd.py", *flags, "--out", tmp_path / "one")
+    one = start("dearkd.py", *flags, "--out", tmp_path / "one")
     two, _ = run(*torchrun(2, "dearkd.py", *flags, "--micro-batch", 4, "--out", tmp_path / "two"))
+    _, one, _ = finish(one)
     assert one.splitlines()[0] == two.splitlines()[0]  # the teacher's top-1
     torch.manual_seed(0)
     begin = dearkd.ViT(16, 4, 96, 6, 3, 3, mhca_blocks=4).state_dict()

@@ -30,6 +30,7 @@ from conftest import (
     start,
     top1s,
     torchrun,
+    wait_for,
 )
 
 import common
@@ -42,14 +43,6 @@ def run(*command, status=0, timeout=240):
     code, out, err = finish(start(*command), timeout)
     assert code == status, err[-3000:] + out[-1000:]
     return out, err
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline, "nothing happened"
-        time.sleep(0.01)
 
 
 @pytest.fixture(scope="session")
@@ -214,10 +207,11 @@ def test_a_run_and_what_it_leaves(teacher, tmp_path):
     # A second run into the same folder, and a resume with other settings, are refused.
     again = ["vitkd.py", *MICRO, "--data", data, "--teacher", weights, "--epochs", 3, "--lr", 1e-3,
              "--beta", 1e-3, "--out", folder]
-    _, err = run(*again, "--alpha", 1e-3, status=2)
-    assert "already holds a run" in err
-    _, err = run(*again, "--alpha", 0.5, "--resume", status=2)
-    assert "other settings: --alpha 0.001 -> 0.5\n" in err
+    refused = [start(*again, "--alpha", 1e-3), start(*again, "--alpha", 0.5, "--resume")]
+    for process, reason in zip(refused, ("already holds a run",
+                                         "other settings: --alpha 0.001 -> 0.5\n")):
+        status, _, err = finish(process)
+        assert status == 2 and reason in err
     # A finished run resumed has nothing left to do, and --resume auto accepts it.
     before = (folder / "log.jsonl").read_text()
     out, _ = run(*again, "--alpha", 1e-3, "--resume", "auto")
@@ -242,8 +236,9 @@ def test_accumulation_and_processes_share_one_gradient(tmp_path):
             "ranks": torchrun(2, program, tmp_path / "ranks", 6),
             "both": torchrun(2, program, tmp_path / "both", 4)}
     results = {}
-    for name, command in ways.items():
-        run(*command)
+    for name, process in [(name, start(*command)) for name, command in ways.items()]:
+        code, _, err = finish(process)
+        assert code == 0, err[-3000:]
         results[name] = torch.load(tmp_path / name)
     whole = results.pop("whole")
     assert len(whole["gradients"]) > 60

@@ -31,6 +31,7 @@ from conftest import (
     make_photos,
     start,
     torchrun,
+    wait_for,
 )
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -47,14 +48,6 @@ def run(*command, status=0, timeout=240, **keywords):
     code, out, err = finish(start(*command, **keywords), timeout)
     assert code == status, err[-3000:] + out[-1000:]
     return out, err
-
-
-def wait_for(condition, process, seconds=120):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert process.poll() is None, finish(process)
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
 
 
 def lines_of(folder):
@@ -81,7 +74,7 @@ def test_kill_anything_any_time(script, kills, epochs, tmp_path):
     if kills == 3:  # images read by workers, all the random numbers of the recipe
         command += ["--data", make_photos(tmp_path / "photos"), "--data-fraction", 1,
                     "--batch-size", 8, "--ema", 0.9, "--drop-path", 0.1]
-    run(*command, "--out", tmp_path / "whole", timeout=900)
+    whole = start(*command, "--out", tmp_path / "whole")
     folder, r, while_writing = tmp_path / "killed", random.Random(kills), 0
     for _ in range(kills):
         process = start(*command, "--resume", "auto", "--out", folder)
@@ -99,6 +92,7 @@ def test_kill_anything_any_time(script, kills, epochs, tmp_path):
         if (folder / "last.pth").exists():
             common.load_checkpoint(folder / "last.pth")
     run(*command, "--resume", "auto", "--out", folder, timeout=900)
+    assert finish(whole, timeout=900)[0] == 0
     for name in ("student.pth", "best.pth", "last.pth"):
         assert same(tmp_path / "whole", folder, name)
     timing = {"seconds", "images_per_second", "data_wait", "peak_memory_gb"}
@@ -113,6 +107,8 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(tmp_path):
     """A limit on the size of files, between that of student.pth and of last.pth."""
     command = ["vitkd.py", *SHAPES, "--epochs", 15, "--out", tmp_path / "run"]
     process = start(*command)
+    full = start(*command[:-1], tmp_path / "new", preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (100, 100)))
     last = tmp_path / "run" / "last.pth"
     wait_for(last.exists, process)
     process.kill()
@@ -128,9 +124,9 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(tmp_path):
     run(*command, "--resume")
     assert [line["epoch"] for line in lines_of(tmp_path / "run")] == list(range(1, 16))
 
-    _, err = run(*command[:-1], tmp_path / "new", status=1, preexec_fn=lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100, 100)))
-    assert "cannot write" in err and "args.json (" in err and len(err.splitlines()) == 1
+    status, _, err = finish(full)
+    line, = err.splitlines()
+    assert status == 1 and "cannot write" in line and "args.json (" in line
     assert [path.name for path in (tmp_path / "new").iterdir()] == [".lock"]
 
 
@@ -184,7 +180,7 @@ def test_an_elastic_restart_finishes_the_run(tmp_path):
     """torchrun --max-restarts 2: one rank is killed, all are started again, --resume auto. Without
     that variable the ranks of the second start may find the addresses of the first."""
     command = [*SHAPES, "--epochs", 12, "--resume", "auto", "--out"]
-    run(*torchrun(2, "vitkd.py", *command, tmp_path / "whole"))
+    whole = start(*torchrun(2, "vitkd.py", *command, tmp_path / "whole"))
     words = list(torchrun(2, "vitkd.py", *command, tmp_path / "run"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -194,6 +190,7 @@ def test_an_elastic_restart_finishes_the_run(tmp_path):
     code, _, err = finish(process)
     assert code == 0, err[-3000:]
     assert [line["epoch"] for line in lines_of(tmp_path / "run")] == list(range(1, 13))
+    assert finish(whole)[0] == 0
     assert same(tmp_path / "whole", tmp_path / "run")
 
 
@@ -282,7 +279,7 @@ def test_two_nodes_and_then_one_process(tmp_path):
     data = make_photos(tmp_path / "photos", counts=(("train", 64), ("val", 13)))
     flags = ["vitkd.py", *MICRO, "--data", data, "--teacher", "none", "--mixup", 0, "--cutmix", 0,
              "--amp", "off", "--lr", 1e-4, "--epochs", 2]
-    run(*flags, "--out", tmp_path / "one")
+    one = start(*flags, "--out", tmp_path / "one")
 
     def two_nodes(*more):
         port = free_port()
@@ -300,6 +297,7 @@ def test_two_nodes_and_then_one_process(tmp_path):
     for agent in agents:
         assert finish(agent)[0] != 0
     run(*flags, "--out", tmp_path / "cut", "--resume")
+    assert finish(one)[0] == 0
     torch.manual_seed(0)
     begin = vitkd.ViT(16, 4, 96, 6, 3, 3).state_dict()
     one = common.load_checkpoint(tmp_path / "one" / "student.pth")["model"]
@@ -522,14 +520,15 @@ def test_gradients_that_do_not_fit_into_fp16(tmp_path):
     flags = ["attndistill.py", *command_of("attndistill", tmp_path)[1:], "--student", "micro",
              "--data-fraction", 0.005, "--batch-size", 4, "--amp", "fp16", "--epochs", 6,
              "--clip-grad", 1, "--lambda-a"]
+    never = start(*torchrun(2, *flags, 1e12, "--out", tmp_path / "never"))
     run(*torchrun(2, *flags, 3e4, "--out", tmp_path / "run"))
     skipped = [line["skipped_steps"] for line in lines_of(tmp_path / "run")]
     assert skipped[0] > 2 and sum(skipped) < 20 and skipped[-1] == 0, skipped
     assert all(v.isfinite().all() for v in common.load_checkpoint(
         tmp_path / "run" / "last.pth")["model"].values())
-    _, err = run(*torchrun(2, *flags, 1e12, "--out", tmp_path / "never"), status=1)
+    status, _, err = finish(never)
     line, = [line for line in err.splitlines() if line.startswith("attndistill.py: error")]
-    assert "the loss was not finite ten steps in a row" in line
+    assert status == 1 and "the loss was not finite ten steps in a row" in line
 
 
 def test_nan_does_not_stay_in_a_cnns_batch_norm(tmp_path, capsys, monkeypatch):
