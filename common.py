@@ -556,12 +556,32 @@ def _start_worker(worker):
         os.close(_lock)  # it is the parent's: gone when the parent is
 
 
+class Loader(DataLoader):
+    """A DataLoader that looks for dead workers once all are started: torch complains of them in a
+    signal handler, and what is raised there amid a fork is lost."""
+
+    def __iter__(self):
+        if self.num_workers == 0 or self._iterator is not None:
+            return super().__iter__()  # starts none
+        others, handler = multiprocessing.active_children(), signal.getsignal(signal.SIGCHLD)
+        if callable(handler):  # torch's, but for the first loader
+            signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        try:
+            batches = super().__iter__()
+        finally:
+            if callable(handler):
+                signal.signal(signal.SIGCHLD, handler)
+        if len(multiprocessing.active_children()) < len(others) + self.num_workers:
+            raise RuntimeError("DataLoader workers died while others were started")
+        return batches
+
+
 def make_loader(dataset, workers, **keywords):
-    return DataLoader(dataset, num_workers=workers, worker_init_fn=_start_worker,
-                      pin_memory=torch.cuda.is_available(),
-                      timeout=WORKER_TIMEOUT if workers else 0,
-                      generator=torch.Generator(),  # its own: the loop's random numbers stay put
-                      **keywords)
+    return Loader(dataset, num_workers=workers, worker_init_fn=_start_worker,
+                  pin_memory=torch.cuda.is_available(),
+                  timeout=WORKER_TIMEOUT if workers else 0,
+                  generator=torch.Generator(),  # its own: the loop's random numbers stay put
+                  **keywords)
 
 
 def train_loader(dataset, args):
@@ -1057,6 +1077,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message):
         raise Abort(f"{message} (see --help)")
+
+    def exit(self, status=0, message=None):
+        """The end of --help: at once, for Python needs a second to take torch apart."""
+        if "IPython" in sys.modules:
+            super().exit(status, message)
+        sys.stdout.flush()
+        os._exit(status)
 
     def add_flags(self, title, flags, note=None):
         """flags: (name, default, help[, interval]); a type instead of a default: there is none;

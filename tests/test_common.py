@@ -206,6 +206,27 @@ def test_a_vanished_disk_is_one_line_not_a_million(photos, capsys, monkeypatch):
         "vitkd.py: error: 100 images in a row are unreadable: is the disk gone?")
 
 
+def test_a_worker_that_dies_while_others_start_is_told(photos):
+    """Amid a fork Python only prints what a signal handler raises, and the loader would wait."""
+    script = """
+import common, multiprocessing, os, time
+images = datasets.ImageFolder(DATA + "/train")
+loader = common.make_loader(common.Photos(images, common.val_transform(16)), 2, batch_size=4)
+next(iter(loader))                           # from now on torch's handler is there
+def kill():
+    for worker in multiprocessing.active_children():
+        worker.kill()
+    time.sleep(0.1)                          # its signal arrives here, before a fork
+os.register_at_fork(before=kill)
+next(iter(loader))
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", f"from torchvision import datasets; DATA = {str(photos)!r}" + script],
+        cwd=ROOT, capture_output=True, text=True, timeout=30)
+    assert result.stderr.splitlines()[-1].startswith("RuntimeError: DataLoader worker")
+    assert "ignored" not in result.stderr
+
+
 def test_unreadable_validation_images_are_left_out(photos):
     """All answers are class 0: the stand-in for the broken file must not count."""
     path = photos / "val" / "ant" / "003.jpg"
