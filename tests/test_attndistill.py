@@ -661,9 +661,11 @@ def test_signal_while_features_are_computed(tmp_path):
 
 
 def test_dry_run_writes_nothing(teacher, tmp_path):
-    for data in (teacher[0], "shapes"):
-        out, _ = run("attndistill.py", *SMALL, "--data", data, "--teacher", teacher[1],
-                     "--dry-run", "--epochs", 30, "--out", tmp_path / "run")
+    for process in [start("attndistill.py", *SMALL, "--data", data, "--teacher", teacher[1],
+                          "--dry-run", "--epochs", 30, "--out", tmp_path / "run")
+                    for data in (teacher[0], "shapes")]:
+        status, out, err = finish(process)
+        assert status == 0 and not err, err
         assert "dry run, 30 epochs: " in out and "30 epochs of" in out
         assert not (tmp_path / "run").exists()
 
