@@ -604,12 +604,7 @@ def val_loader(dataset, args):
 def set_precision(args, device):
     """(autocast, scaler) for --amp: `with autocast():` around forward passes, a GradScaler."""
     args.amp = args.amp or default_amp(device)
-    if device.type == "cpu":
-        # The CPU's fused attention has a slow backward pass, in bf16 above all: let
-        # scaled_dot_product_attention take plain matrix products instead (tests/bench.py).
-        torch.backends.cuda.enable_flash_sdp(False)  # the CPU's too, despite the name
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    elif args.amp != "off":
+    if device.type == "cuda" and args.amp != "off":
         torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in float32
     torch.backends.cudnn.allow_tf32 = args.amp != "off"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[args.amp]

@@ -22,6 +22,7 @@ from conftest import (
 )
 from PIL import Image
 
+import attndistill
 import common
 import dearkd
 import eval_knn
@@ -105,16 +106,29 @@ def test_dropout_strikes_whole_offsets_and_rests_in_eval():
 
 
 def test_the_term_is_built_once_a_forward_and_goes_through_sdpa(monkeypatch):
-    model, calls, masks = dearkd.ViT(16, 4, 24, 3, 3, 5, mhca_blocks=2), [], []
+    """On all devices but the CPU; here one without memory."""
+    model, calls, masks = dearkd.ViT(16, 4, 24, 3, 3, 5, mhca_blocks=2).to("meta"), [], []
     build, sdpa = dearkd.ConvAttention.position_term, F.scaled_dot_product_attention
     monkeypatch.setattr(dearkd.ConvAttention, "position_term",
                         lambda self: calls.append(1) or build(self))
     monkeypatch.setattr(F, "scaled_dot_product_attention",
                         lambda q, k, v, m=None: masks.append(m) or sdpa(q, k, v, m))
-    model(torch.randn(7, 3, 16, 16))
+    model(torch.randn(7, 3, 16, 16, device="meta"))
     assert len(calls) == 2  # blocks with MHCA, not images
     assert [mask is not None for mask in masks] == [True, True, False]
     assert masks[0].shape == (3, 18, 18)
+
+
+@pytest.mark.parametrize("attention", [
+    vitkd.Attention(24, 3), attndistill.Attention(24, 3), dearkd.Attention(24, 3),
+    dearkd.ConvAttention(24, 3, 4, 2).eval()])
+def test_attention_on_a_cpu_is_what_other_devices_take_torchs_kernel_for(attention):
+    x = torch.randn(5, 18, 24)
+    q, k, v = attention.qkv(x).view(5, 18, 3, 3, 8).permute(2, 0, 3, 1, 4)
+    term = attention.position_term() if isinstance(attention, dearkd.ConvAttention) else None
+    expected = F.scaled_dot_product_attention(q, k, v, term).transpose(1, 2).flatten(2)
+    torch.testing.assert_close(attention(x), attention.proj(expected))
+    assert attention.to("meta")(x.to("meta")).shape == x.shape
 
 
 # ------------------------------------------------------------------ aligner, hints, the ViT
