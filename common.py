@@ -120,7 +120,7 @@ def stop_together(device, when):
     """Stop all ranks if any was signalled; all must call this."""
     number, = all_reduce([_signal], device, dist.ReduceOp.MAX)
     if number:
-        stop(int(number), f"{when}; OUT/last.pth keeps the last epoch finished, if any was")
+        stop(int(number), when)
 
 
 def run(main):
@@ -798,7 +798,8 @@ def evaluate(model, loader, device, autocast, max_batches=None):
         hits = logits.topk(min(5, logits.shape[1])).indices.cpu() == target[:, None]
         hits, unreadable = hits[skipped == 0], unreadable + int((skipped > 0).sum())
         top1, top5, count = top1 + int(hits[:, 0].sum()), top5 + int(hits.sum()), count + len(hits)
-    stop_together(device, "while evaluating")
+    stop_together(device, "while evaluating; OUT/last.pth keeps the last epoch finished, if any "
+                  "was")
     top1, top5, count, unreadable = all_reduce([top1, top5, count, unreadable], device)
     if unreadable > 0.01 * count:
         raise Abort(f"{unreadable:.0f} validation images are unreadable, more than 1 %", 1)

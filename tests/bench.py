@@ -112,7 +112,7 @@ def operations(call):
     return counter.get_total_flops()
 
 
-HEAD = ("| {} | images/s plain | ours{} | ours / plain | GiB plain | ours | share |\n"
+HEAD = ("| {} | images/s plain | ours{} | {} / plain | GiB plain | ours | share |\n"
         "|---|---|---|---|---|---|---|{}")
 
 
@@ -249,7 +249,8 @@ STEPS = {  # row: method, student, teacher, image size, patch size, batch on a C
 def bench_steps(args):
     names = [name for name in STEPS if name in args.rows]
     if names:
-        print(HEAD.format("step", *((" | compiled", "---|") if args.compile else ("", ""))))
+        print(HEAD.format("step", *((" | compiled", "compiled", "---|") if args.compile
+                                   else ("", "ours", ""))))
     for name in names:
         method, student, teacher, size, patch, batch = STEPS[name]
         batch = args.batch_size or (batch if args.device.type == "cpu" else 256)
@@ -294,7 +295,7 @@ def bench_knn(args, N=50_000, N_test=10_000, D=384, C=1000):
     def ours():
         found["ours"] = eval_knn.knn_predict(train, labels, test, num_classes=C)
 
-    print(HEAD.format("k-NN votes", "", ""))
+    print(HEAD.format("k-NN votes", "", "ours", ""))
     row(f"{N} x {N_test} x {D}, {C} classes, k = 10, 20, 100, 200", N_test,
         {"plain": plain, "ours": ours}, args, repeat=1)
     some = test[:500].double()                                              # float64, brute force
@@ -359,7 +360,7 @@ def bench_inversion(args, batch_size=256, steps=2):
     plain("off")
     fast("off")  # the same computation
     assert abs(found["ours"] - found["plain"]) < 1e-3 * found["plain"], found
-    print(HEAD.format("DeepInversion step", "", ""))
+    print(HEAD.format("DeepInversion step", "", "ours", ""))
     row(f"cifar_resnet56, 32 px, batch {batch_size}", steps * batch_size,
         {"plain": plain, "ours": fast}, args, repeat=1)
 

@@ -44,7 +44,9 @@ TEACHERS = {
     "tiny-vit": f"vitkd.py {TINY} --teacher none --student deit_t --patch-size 16 --batch-size 128 "
                 f"--lr 8e-4 --epochs 12 --eval-every 6 --workers 1 {LIGHT} --seed 0",
     "tiny-cnn": f"dearkd.py {TINY} --train-teacher resnet18 --batch-size 128 --lr 2e-3 --epochs 10 "
-                f"--eval-every 5 --workers 1 {LIGHT} --seed 0"}
+                f"--eval-every 5 --workers 1 {LIGHT} --seed 0",
+    **{f"tiny-alone-{seed}": f"vitkd.py {TINY} {SHORT} --patch-size 16 --epochs 8 --eval-every 8 "
+                             f"{LIGHT} --teacher none --seed {seed}" for seed in SEEDS}}
 
 # {table: {row: command without --seed and --out}}
 TABLES = {
@@ -68,10 +70,14 @@ TABLES = {
     "dearkd-tiny": {
         "alone": f"{TINY_DEARKD} --teacher none --mhca-blocks 0",
         "+ the CNN's class": f"{TINY_DEARKD} {TINY_CNN} --hints none --mhca-blocks 0",
-        "+ hints + MHCA: DearKD": f"{TINY_DEARKD} {TINY_CNN}"},
+        "+ hints + MHCA: DearKD": f"{TINY_DEARKD} {TINY_CNN}",
+        "the same without MHCA": f"{TINY_DEARKD} {TINY_CNN} --mhca-blocks 0"},
     "attndistill-tiny": {
         "projector alignment": f"{TINY_ATTN} --teacher {TINY_VIT} --lambda-a 0",
-        "+ attention guidance: AttnDistill": f"{TINY_ATTN} --teacher {TINY_VIT}"}}
+        "+ attention guidance: AttnDistill": f"{TINY_ATTN} --teacher {TINY_VIT}",
+        "for comparison: trained with labels, alone":
+            "eval_knn.py --data data/tiny_imagenet20 --workers 1 --weights "
+            "out/study/tiny-alone-SEED/student.pth"}}
 
 SUMMARIES = {"vitkd": (0, 3), "dearkd": (0, 3), "attndistill": (1, 2)}  # without and with, as rows
 
@@ -81,7 +87,8 @@ def runs():
     found = {}
     for table, rows in TABLES.items():
         for name, command in TEACHERS.items():
-            if any(f"out/study/{name}/" in row for row in rows.values()):
+            if any(f"out/study/{name}/" in row.replace("SEED", name[-1])
+                   for row in rows.values()):
                 found[name] = f"{command} --out out/study/{name}"
         for seed in SEEDS:
             for i, command in enumerate(rows.values()):
