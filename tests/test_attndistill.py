@@ -634,13 +634,14 @@ def test_two_processes_train_and_evaluate_like_one(teacher, tmp_path):
 
 def test_nan_on_one_rank_is_skipped_by_all(tmp_path):
     """Rank 1 sees NaN in the third batch: both skip that step, and end alike."""
+    bad = start(*torchrun(2, ROOT / "tests" / "nan_on_one_rank.py", tmp_path / "bad", 100))
     run(*torchrun(2, ROOT / "tests" / "nan_on_one_rank.py", tmp_path / "run", 1))
     assert [line["skipped_steps"] for line in lines_of(tmp_path / "run")] == [1, 0]
     student = common.load_checkpoint(tmp_path / "run" / "student.pth")["model"]
     assert all(v.isfinite().all() for v in student.values())
     # ten in a row end the run on all ranks, with one line
-    _, err = run(*torchrun(2, ROOT / "tests" / "nan_on_one_rank.py", tmp_path / "bad", 100),
-                 status=1)
+    status, _, err = finish(bad)
+    assert status == 1
     assert err.count("error: the loss was not finite ten steps in a row, in epoch 2 of 2") == 1
 
 

@@ -585,7 +585,7 @@ def test_two_processes_train_like_one(teacher, tmp_path):
         assert one["ce"] == pytest.approx(two["ce"], rel=1e-3)
 
 
-def test_dry_run_times_both_stages(teacher, tmp_path):
+def test_dry_run_times_both_stages(teacher, tmp_path, capsys, monkeypatch):
     flags = [*SMALL, "--data", teacher[0], "--teacher", teacher[1], "--dry-run", "--epochs", 30,
              "--eval-every", 30, "--out", tmp_path / "run"]
     out, _ = run("dearkd.py", *flags, "--stage1-epochs", 20)
@@ -595,7 +595,7 @@ def test_dry_run_times_both_stages(teacher, tmp_path):
     training = 192 * (20 / float(speeds["20"]) + 10 / float(speeds["10"]))
     projected = 3600 * float(re.search(r"([\d.e-]+) hours", out).group(1))
     assert training < projected < training + 60
-    out, _ = run("dearkd.py", *flags, "--stage1-epochs", 30)
+    _, out, _ = in_process(dearkd, capsys, monkeypatch, *flags, "--stage1-epochs", 30)
     assert out.count("dry run, 30 epochs:") == 1 and not (tmp_path / "run").exists()
 
 
