@@ -302,8 +302,8 @@ def train_transform(image_size, scale=(0.08, 1.0), rand_augment=0, random_erasin
 
 
 class RandAugment(v2.RandAugment):
-    """torchvision's. It moves images by whole pixels, where the nearest pixel is the bicubic value
-    and costs 0.04 ms instead of 2.4 (one core of an AMD EPYC, PIL 13, 224 px)."""
+    """torchvision's. It moves images by whole pixels, where the nearest pixel is the bicubic value,
+    and soon had (tests/evidence/bench_cpu.md)."""
 
     def _apply_image_or_video_transform(self, image, transform_id, magnitude, interpolation, fill):
         if transform_id.startswith("Translate"):
