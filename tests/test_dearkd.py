@@ -591,7 +591,6 @@ def test_dry_run_times_both_stages(teacher, tmp_path, capsys, monkeypatch):
     out, _ = run("dearkd.py", *flags, "--stage1-epochs", 20)
     speeds = dict(re.findall(r"dry run, (\d+) epochs: ([\d.]+) images/s", out))
     assert speeds.keys() == {"20", "10"}
-    assert float(speeds["10"]) > float(speeds["20"])  # the teacher is gone
     training = 192 * (20 / float(speeds["20"]) + 10 / float(speeds["10"]))
     projected = 3600 * float(re.search(r"([\d.e-]+) hours", out).group(1))
     assert training < projected < training + 60

@@ -329,7 +329,8 @@ def test_the_folder_is_training_data(teacher, tmp_path, capsys, monkeypatch):
         for image, c, n in zip(images[i], labels, numbers):
             file = tmp_path / "made" / "train" / tree.classes[c] / f"{n:05d}.png"
             assert Image.open(file).mode == "RGB"
-            read = common.normalize(common.open_rgb(file)[None], "cpu")[0]
+            read = common.normalize(v2.functional.pil_to_tensor(common.open_rgb(file))[None],
+                                    "cpu")[0]
             assert ((read - image) * torch.tensor(common.STD)[:, None, None]).abs().max() <= 1 / 255
     record = json.loads((tmp_path / "made" / "synthesis.json").read_text())
     assert record["images"] == 24 and record["images_per_second"] > 0
@@ -368,7 +369,8 @@ def test_figures_equal_their_definitions(tmp_path):
     args = common.argparse.Namespace(image_size=16, workers=0)
     found = dearkd.figures(base, model, None, args, torch.device("cpu"), contextlib.nullcontext)
     assert "verifier_top1" not in found
-    transform = v2.Compose([v2.Resize(16, interpolation=v2.InterpolationMode.BICUBIC),
+    transform = v2.Compose([v2.PILToTensor(),
+                            v2.Resize(16, interpolation=v2.InterpolationMode.BICUBIC),
                             v2.CenterCrop(16)])
     images = torch.stack([transform(common.open_rgb(path)) for path, _ in base.samples])
     images = common.normalize(images, "cpu")

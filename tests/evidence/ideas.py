@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torchvision.transforms.v2.functional import to_pil_image
+from torchvision.transforms.v2.functional import pil_to_tensor, to_pil_image
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -27,7 +27,7 @@ PHOTOS = [ROOT / "data" / "cifar10" / "val" / name for name in ("horse", "ship",
 
 def photo(folder, number=3):
     """(1, 3, 32, 32) uint8."""
-    return common.open_rgb(sorted(folder.glob("*.jpg"))[number])[None]
+    return pil_to_tensor(common.open_rgb(sorted(folder.glob("*.jpg"))[number]))[None]
 
 
 def heat(maps):
