@@ -570,6 +570,7 @@ def _start_worker(worker):
     os.setpgid(0, 0)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.excepthook = lambda *error: None  # the loop is told what fails, but for a lost connection
     if _lock:
         os.close(_lock)  # it is the parent's: gone when the parent is
 

@@ -1,10 +1,15 @@
 """Shared by all tests: the scripts on the path, small image folders, running a script for real."""
 
+import functools
+import json
 import math
 import os
 import re
+import select
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -87,25 +92,54 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def start(*command, **keywords):
-    """Start a script of this project as a real process; command[0] is the script, or torchrun."""
+def words_of(command):
+    """Python's arguments for a script of this project; command[0] is the script, or torchrun."""
     words = list(map(str, command))
-    if words[0] == "torchrun":
-        words = [sys.executable, "-m", "torch.distributed.run", *words[1:]]
-    else:
-        words = [sys.executable, *words]
-    return subprocess.Popen(words, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE,
-                            stderr=subprocess.PIPE, **keywords)
+    return ["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words
+
+
+def start(*command, **keywords):
+    """Start a script as a real process. It writes to files, for the workers of one that was killed
+    would hold pipes open for another five seconds."""
+    files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
+    process = subprocess.Popen([sys.executable, *words_of(command)], cwd=ROOT, env=environment(),
+                               stdout=files[0], stderr=files[1], **keywords)
+    process.files = files
+    return process
 
 
 def finish(process, timeout=240):
     """(exit status, stdout, stderr) of a started process."""
     try:
-        out, err = process.communicate(timeout=timeout)
+        process.wait(timeout)
     except subprocess.TimeoutExpired:
         process.kill()
         raise
-    return process.returncode, out, err
+    for file in process.files:
+        file.seek(0)
+    return process.returncode, *(file.read().decode() for file in process.files)
+
+
+@functools.cache
+def warm():
+    """The process of warm.py, for all tests."""
+    return subprocess.Popen([sys.executable, ROOT / "tests" / "warm.py"], cwd=ROOT, text=True,
+                            env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                            start_new_session=True)
+
+
+def run(*command, status=0, timeout=240, processes=1):
+    """(stdout, stderr) of a script, or its ranks, run to the end, which must have that status."""
+    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
+        job = [processes, out.name, err.name, *words_of(command)]
+        print(json.dumps(job), file=warm().stdin, flush=True)
+        if not select.select([warm().stdout], [], [], timeout)[0]:
+            os.killpg(warm().pid, signal.SIGKILL)
+            warm.cache_clear()
+        code = int(warm().stdout.readline())
+        out, err = out.read().decode(), err.read().decode()
+    assert code == status, err[-3000:] + out[-1000:]
+    return out, err
 
 
 def wait_for(condition, process, seconds=120):

@@ -17,8 +17,8 @@ from conftest import (
     in_process,
     make_photos,
     released_state,
+    run,
     start,
-    torchrun,
     wait_for,
 )
 from PIL import Image
@@ -465,12 +465,6 @@ SMALL = ["--student", "micro", "--image-size", "16", "--patch-size", "4", "--wor
          "--batch-size", "16", "--lr", "1e-3"]
 
 
-def run(*command, status=0, timeout=240):
-    code, out, err = finish(start(*command), timeout)
-    assert code == status, err[-3000:] + out[-1000:]
-    return out, err
-
-
 def lines_of(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
@@ -596,16 +590,15 @@ def test_resume_after_kill_equals_the_uninterrupted_run_bit_for_bit(teacher, tmp
     data, weights = teacher
     command = ["attndistill.py", *SMALL, "--data", data, "--teacher", weights, "--batch-size", 4,
                "--epochs", 3, "--eval-every", 1]
-    whole = start(*command, "--out", tmp_path / "whole")
+    run(*command, "--out", tmp_path / "whole")
     process = start(*command, "--out", tmp_path / "killed")
     wait_for((tmp_path / "killed" / "last.pth").exists, process)
     process.kill()
     finish(process)
     assert common.load_checkpoint(tmp_path / "killed" / "last.pth")["epoch"] < 3
     run(*command, "--out", tmp_path / "killed", "--resume")
-    assert finish(whole)[0] == 0
     for name in ("student.pth", "best.pth", "last.pth"):
-        a, b = (common.load_checkpoint(tmp_path / run / name) for run in ("whole", "killed"))
+        a, b = (common.load_checkpoint(tmp_path / folder / name) for folder in ("whole", "killed"))
         for part in ("model", "projector") if name == "last.pth" else ("model",):
             assert all(torch.equal(a[part][k], b[part][k]) for k in a[part])
     for a, b in zip(lines_of(tmp_path / "whole"), lines_of(tmp_path / "killed")):
@@ -615,10 +608,9 @@ def test_resume_after_kill_equals_the_uninterrupted_run_bit_for_bit(teacher, tmp
 def test_two_processes_train_and_evaluate_like_one(teacher, tmp_path):
     data, weights = teacher
     flags = [*SMALL, "--amp", "off", "--data", data, "--epochs", 1, "--teacher", weights]
-    one = start("attndistill.py", *flags, "--out", tmp_path / "one")
-    two, _ = run(*torchrun(2, "attndistill.py", *flags, "--micro-batch", 4, "--out",
-                           tmp_path / "two"))
-    _, one, _ = finish(one)
+    one, _ = run("attndistill.py", *flags, "--out", tmp_path / "one")
+    two, _ = run("attndistill.py", *flags, "--micro-batch", 4, "--out", tmp_path / "two",
+                 processes=2)
     assert one.splitlines()[0] == two.splitlines()[0]  # the teacher's k-NN
     torch.manual_seed(0)
     begin = attndistill.ViT(16, 4, 96, 6, 3, 0).state_dict()
@@ -634,14 +626,13 @@ def test_two_processes_train_and_evaluate_like_one(teacher, tmp_path):
 
 def test_nan_on_one_rank_is_skipped_by_all(tmp_path):
     """Rank 1 sees NaN in the third batch: both skip that step, and end alike."""
-    bad = start(*torchrun(2, ROOT / "tests" / "nan_on_one_rank.py", tmp_path / "bad", 100))
-    run(*torchrun(2, ROOT / "tests" / "nan_on_one_rank.py", tmp_path / "run", 1))
+    program = ROOT / "tests" / "nan_on_one_rank.py"
+    run(program, tmp_path / "run", 1, processes=2)
     assert [line["skipped_steps"] for line in lines_of(tmp_path / "run")] == [1, 0]
     student = common.load_checkpoint(tmp_path / "run" / "student.pth")["model"]
     assert all(v.isfinite().all() for v in student.values())
     # ten in a row end the run on all ranks, with one line
-    status, _, err = finish(bad)
-    assert status == 1
+    _, err = run(program, tmp_path / "bad", 100, processes=2, status=1)
     assert err.count("error: the loss was not finite ten steps in a row, in epoch 2 of 2") == 1
 
 
@@ -662,12 +653,10 @@ def test_signal_while_features_are_computed(tmp_path):
 
 
 def test_dry_run_writes_nothing(teacher, tmp_path):
-    for process in [start("attndistill.py", *SMALL, "--data", data, "--teacher", teacher[1],
-                          "--dry-run", "--epochs", 30, "--out", tmp_path / "run")
-                    for data in (teacher[0], "shapes")]:
-        status, out, err = finish(process)
-        assert status == 0 and not err, err
-        assert "dry run, 30 epochs: " in out and "30 epochs of" in out
+    for data in (teacher[0], "shapes"):
+        out, err = run("attndistill.py", *SMALL, "--data", data, "--teacher", teacher[1],
+                       "--dry-run", "--epochs", 30, "--out", tmp_path / "run")
+        assert not err and "dry run, 30 epochs: " in out and "30 epochs of" in out
         assert not (tmp_path / "run").exists()
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import finish, in_process, make_photos, start, torchrun
+from conftest import finish, in_process, make_photos, run, start, torchrun
 from PIL import Image
 from torch import nn
 from torchvision.datasets import ImageFolder
@@ -25,12 +25,6 @@ import dearkd
 
 SMALL = ["--image-size", "16", "--images-per-class", "8", "--images-per-batch", "16", "--steps",
          "3", "--workers", "0"]
-
-
-def run(*command, status=0, timeout=240):
-    code, out, err = finish(start(*command), timeout)
-    assert code == status, err[-3000:] + out[-1000:]
-    return out, err
 
 
 def small_cnn(num_classes=4, image_size=16):
@@ -398,7 +392,7 @@ def test_two_processes_make_the_same_images_as_one(teacher, tmp_path):
     weights = teacher[1]
     flags = ["--teacher", weights, "--amp", "off", *SMALL]
     run("dearkd.py", "--synthesize", tmp_path / "one", *flags)
-    run(*torchrun(2, "dearkd.py", "--synthesize", tmp_path / "two", *flags))
+    run("dearkd.py", "--synthesize", tmp_path / "two", *flags, processes=2)
     one, two = pictures(tmp_path / "one"), pictures(tmp_path / "two")
     assert len(one) == 24 and one == two
     assert sorted(os.listdir(tmp_path / "one" / "train")) == ["0", "1", "2"]

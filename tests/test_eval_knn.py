@@ -6,19 +6,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import finish, in_process, make_photos, start, torchrun
+from conftest import finish, in_process, make_photos, run, start
 
 import attndistill
 import common
 import eval_knn
 import vitkd
-
-
-def run(*command, status=0, timeout=240):
-    code, out, err = finish(start(*command), timeout)
-    assert code == status, err[-3000:] + out[-1000:]
-    return out, err
-
 
 # ------------------------------------------------------------------ the vote
 
@@ -142,7 +135,7 @@ print(train.nbytes / 2**30, peak() - before, time.perf_counter() - began)
 @pytest.mark.slow
 def test_imagenets_training_features_fit_beside_a_bounded_workspace():
     """1.28 M x 384 in float16: what is needed beside the features (GiB)."""
-    own, workspace, seconds = map(float, run("-c", MEMORY, timeout=600)[0].split())
+    own, workspace, seconds = map(float, finish(start("-c", MEMORY), 600)[1].split())
     print(f"features {own:.2f} GiB, workspace {workspace:.2f} GiB, 512 votes in {seconds:.1f} s")
     assert own == pytest.approx(0.916, abs=0.01) and workspace < 1.8
 
@@ -270,7 +263,7 @@ def test_processes_change_nothing(files, tmp_path):
         path = tmp_path / f"{processes}.pth"
         words = ["eval_knn.py", "--weights", files / "attndistill.pth", "--data", files / "photos",
                  "--workers", 1, "--amp", "off", "--linear", "--save-features", path]
-        out, _ = run(*(words if processes == 1 else torchrun(processes, *words)))
+        out, _ = run(*words, processes=processes)
         tables.append(re.findall(r"(?:k-NN|linear probe).*?top-5 +[\d.]+ %", out))
         saved.append(common.load_checkpoint(path))
     assert len(tables[0]) == 5 and tables[0] == tables[1] == tables[2]

@@ -27,6 +27,7 @@ from conftest import (
     finish,
     in_process,
     make_photos,
+    run,
     start,
     top1s,
     torchrun,
@@ -37,12 +38,6 @@ import common
 import vitkd
 
 PLAIN = ["--mixup", "0", "--cutmix", "0", "--amp", "off"]
-
-
-def run(*command, status=0, timeout=240):
-    code, out, err = finish(start(*command), timeout)
-    assert code == status, err[-3000:] + out[-1000:]
-    return out, err
 
 
 @pytest.fixture(scope="session")
@@ -163,7 +158,7 @@ def test_bad_input_of_a_real_process_has_no_traceback(tmp_path):
 
 
 def test_batch_not_divisible_by_the_processes():
-    _, err = run(*torchrun(2, "vitkd.py", "--batch-size", 15, "--data", "shapes"), status=1)
+    _, err = run("vitkd.py", "--batch-size", 15, "--data", "shapes", processes=2, status=2)
     line, = (line for line in err.splitlines() if line.startswith("vitkd.py:"))
     assert line == ("vitkd.py: error: --batch-size 15 is not divisible by the 2 processes: "
                     "take 14")
@@ -207,11 +202,10 @@ def test_a_run_and_what_it_leaves(teacher, tmp_path):
     # A second run into the same folder, and a resume with other settings, are refused.
     again = ["vitkd.py", *MICRO, "--data", data, "--teacher", weights, "--epochs", 3, "--lr", 1e-3,
              "--beta", 1e-3, "--out", folder]
-    refused = [start(*again, "--alpha", 1e-3), start(*again, "--alpha", 0.5, "--resume")]
-    for process, reason in zip(refused, ("already holds a run",
-                                         "other settings: --alpha 0.001 -> 0.5\n")):
-        status, _, err = finish(process)
-        assert status == 2 and reason in err
+    _, err = run(*again, "--alpha", 1e-3, status=2)
+    assert "already holds a run" in err
+    _, err = run(*again, "--alpha", 0.5, "--resume", status=2)
+    assert "other settings: --alpha 0.001 -> 0.5\n" in err
     # A finished run resumed has nothing left to do, and --resume auto accepts it.
     before = (folder / "log.jsonl").read_text()
     out, _ = run(*again, "--alpha", 1e-3, "--resume", "auto")
@@ -232,13 +226,10 @@ def test_learning_shows_with_every_precision(amp, teacher, tmp_path, capsys, mon
 def test_accumulation_and_processes_share_one_gradient(tmp_path):
     """1 x 12 images = micro-batches of 5 = 2 processes of 6 (and of 6 and 5) = both together."""
     program = ROOT / "tests" / "ddp_gradients.py"
-    ways = {"whole": (program, tmp_path / "whole", 12), "parts": (program, tmp_path / "parts", 5),
-            "ranks": torchrun(2, program, tmp_path / "ranks", 6),
-            "both": torchrun(2, program, tmp_path / "both", 4)}
     results = {}
-    for name, process in [(name, start(*command)) for name, command in ways.items()]:
-        code, _, err = finish(process)
-        assert code == 0, err[-3000:]
+    for name, processes, images in (("whole", 1, 12), ("parts", 1, 5), ("ranks", 2, 6),
+                                    ("both", 2, 4)):
+        run(program, tmp_path / name, images, processes=processes)
         results[name] = torch.load(tmp_path / name)
     whole = results.pop("whole")
     assert len(whole["gradients"]) > 60
@@ -257,7 +248,7 @@ def test_two_processes_train_and_evaluate_like_one(teacher, tmp_path):
     flags = [*MICRO, *PLAIN, "--data", data, "--epochs", 1, "--lr", 1e-3, "--teacher", weights,
              "--mask-ratio", 1, "--no-nkd", "--clip-grad", 0]
     one, _ = run("vitkd.py", *flags, "--out", tmp_path / "one")
-    two, _ = run(*torchrun(2, "vitkd.py", *flags, "--out", tmp_path / "two"))
+    two, _ = run("vitkd.py", *flags, "--out", tmp_path / "two", processes=2)
     assert top1s(one)[0] == top1s(two)[0]
     a, b = (common.load_checkpoint(tmp_path / name / "student.pth")["model"]
             for name in ("one", "two"))
@@ -404,7 +395,7 @@ def test_compiled_steps_are_one_graph_and_the_same_steps(script, processes, tmp_
     for more in ([], ["--compile"]):
         out = tmp_path / f"run{len(more)}"
         command = [*base, *more, "--out", out]
-        _, err = run(*(command if processes == 1 else torchrun(2, *command)), timeout=600)
+        _, err = run(*command, processes=processes, timeout=600)
         assert "Graph break" not in err, err[-3000:]
         logs.append([json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()])
     assert err.count("Recompiling") <= 2 * processes, err[-3000:]  # stage 2, eval mode
@@ -415,7 +406,7 @@ def test_compiled_steps_are_one_graph_and_the_same_steps(script, processes, tmp_
             assert a[name] == pytest.approx(b[name], rel=1e-3), name
     if script != "attndistill":
         command = [*base, "--compile", "--drop-path", 0.2, "--out", tmp_path / "drop"]
-        _, err = run(*(command if processes == 1 else torchrun(2, *command)), timeout=600)
+        _, err = run(*command, processes=processes, timeout=600)
         assert "Graph break" not in err, err[-3000:]
 
 

@@ -29,6 +29,7 @@ from conftest import (
     finish,
     in_process,
     make_photos,
+    run,
     start,
     torchrun,
     wait_for,
@@ -43,12 +44,6 @@ import vitkd
 
 SHAPES = [*MICRO, "--data", "shapes", "--data-fraction", "0.02", "--teacher", "none",
           "--lr", "1e-3"]
-
-
-def run(*command, status=0, timeout=240, **keywords):
-    code, out, err = finish(start(*command, **keywords), timeout)
-    assert code == status, err[-3000:] + out[-1000:]
-    return out, err
 
 
 def lines_of(folder):
@@ -77,7 +72,7 @@ def test_kill_anything_any_time(script, kills, epochs, tmp_path):
     if short:  # images read by workers, all the random numbers of the recipe
         command += ["--data", make_photos(tmp_path / "photos"), "--data-fraction", 1,
                     "--batch-size", 8, "--ema", 0.9, "--drop-path", 0.1]
-    whole = start(*command, "--out", tmp_path / "whole")
+    run(*command, "--out", tmp_path / "whole", timeout=900)
     folder, r, while_writing = tmp_path / "killed", random.Random(kills), 0
     for _ in range(kills):
         process = start(*command, "--resume", "auto", "--out", folder)
@@ -97,7 +92,6 @@ def test_kill_anything_any_time(script, kills, epochs, tmp_path):
     with open(folder / "log.jsonl", "ab") as log:
         log.write(b"\0" * 50 + b"\n\xff{]\n5\n" + b'{"epoch": 1000}\n{"epo')
     run(*command, "--resume", "auto", "--out", folder, timeout=900)
-    assert finish(whole, timeout=900)[0] == 0
     for name in ("student.pth", "best.pth", "last.pth"):
         assert same(tmp_path / "whole", folder, name)
     timing = {"seconds", "images_per_second", "data_wait", "peak_memory_gb"}
@@ -120,10 +114,11 @@ def test_a_full_disk_is_one_line_and_keeps_the_last_good_checkpoint(tmp_path):
     finish(process)
     epoch, size = common.load_checkpoint(last)["epoch"], last.stat().st_size
     assert epoch < 15
-    _, err = run(*command, "--resume", status=1, preexec_fn=lambda: resource.setrlimit(
-        resource.RLIMIT_FSIZE, (size // 2, size // 2)))
+    status, _, err = finish(start(*command, "--resume", preexec_fn=lambda: resource.setrlimit(
+        resource.RLIMIT_FSIZE, (size // 2, size // 2))))
     line, = err.splitlines()
-    assert line.startswith(f"vitkd.py: error: cannot write {last} (") and "disk full?" in line
+    assert status == 1 and "disk full?" in line
+    assert line.startswith(f"vitkd.py: error: cannot write {last} (")
     assert common.load_checkpoint(last)["epoch"] == epoch
     assert not [path for path in last.parent.iterdir() if "tmp" in path.name]
     run(*command, "--resume")
@@ -179,7 +174,6 @@ def test_an_elastic_restart_finishes_the_run(tmp_path):
     """torchrun --max-restarts 2: one rank is killed, all are started again, --resume auto. Without
     that variable the ranks of the second start may find the addresses of the first."""
     command = [*SHAPES, "--epochs", 12, "--resume", "auto", "--out"]
-    whole = start(*torchrun(2, "vitkd.py", *command, tmp_path / "whole"))
     words = list(torchrun(2, "vitkd.py", *command, tmp_path / "run"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
@@ -189,7 +183,7 @@ def test_an_elastic_restart_finishes_the_run(tmp_path):
     code, _, err = finish(process)
     assert code == 0, err[-3000:]
     assert [line["epoch"] for line in lines_of(tmp_path / "run")] == list(range(1, 13))
-    assert finish(whole)[0] == 0
+    run("vitkd.py", *command, tmp_path / "whole", processes=2)
     assert same(tmp_path / "whole", tmp_path / "run")
 
 
@@ -276,7 +270,7 @@ def test_two_nodes_and_then_one_process(tmp_path):
     data = make_photos(tmp_path / "photos", counts=(("train", 64), ("val", 13)))
     flags = ["vitkd.py", *MICRO, "--data", data, "--teacher", "none", "--mixup", 0, "--cutmix", 0,
              "--amp", "off", "--lr", 1e-4, "--epochs", 2]
-    one = start(*flags, "--out", tmp_path / "one")
+    run(*flags, "--out", tmp_path / "one")
 
     def two_nodes(*more):
         port = free_port()
@@ -294,7 +288,6 @@ def test_two_nodes_and_then_one_process(tmp_path):
     for agent in agents:
         assert finish(agent)[0] != 0
     run(*flags, "--out", tmp_path / "cut", "--resume")
-    assert finish(one)[0] == 0
     torch.manual_seed(0)
     begin = vitkd.ViT(16, 4, 96, 6, 3, 3).state_dict()
     one = common.load_checkpoint(tmp_path / "one" / "student.pth")["model"]
@@ -417,9 +410,11 @@ def test_a_rotten_folder_is_used_as_far_as_it_can_be_read(tmp_path):
     palette = Image.new("RGB", (32, 32), (9, 99, 199)).quantize(4)
     palette.save(train / "palette.png", transparency=bytes([0, 255, 9, 0]))
     Image.fromarray(np.full((32, 32), 40_000, np.uint16)).save(train / "deep.png")
-    _, err = run("vitkd.py", *MICRO, "--data", tmp_path / "data", "--teacher", "none", "--epochs",
-                 2, "--batch-size", 100, "--eval-every", 2, "--out", tmp_path / "run",
-                 preexec_fn=lose_roots_right_to_read_everything)
+    status, _, err = finish(start(
+        "vitkd.py", *MICRO, "--data", tmp_path / "data", "--teacher", "none", "--epochs", 2,
+        "--batch-size", 100, "--eval-every", 2, "--out", tmp_path / "run",
+        preexec_fn=lose_roots_right_to_read_everything))
+    assert status == 0, err
     named = re.findall(r"unreadable image, replaced by the next: \S*/(\S+) \(", err)
     assert sorted(named) == sorted(bad)
     assert [line["unreadable"] for line in lines_of(tmp_path / "run")] == 2 * [len(bad)]
@@ -517,15 +512,14 @@ def test_gradients_that_do_not_fit_into_fp16(tmp_path):
     flags = ["attndistill.py", *command_of("attndistill", tmp_path)[1:], "--student", "micro",
              "--data-fraction", 0.005, "--batch-size", 4, "--amp", "fp16", "--epochs", 6,
              "--clip-grad", 1, "--lambda-a"]
-    never = start(*torchrun(2, *flags, 1e12, "--out", tmp_path / "never"))
-    run(*torchrun(2, *flags, 3e4, "--out", tmp_path / "run"))
+    run(*flags, 3e4, "--out", tmp_path / "run", processes=2)
     skipped = [line["skipped_steps"] for line in lines_of(tmp_path / "run")]
     assert skipped[0] > 2 and sum(skipped) < 20 and skipped[-1] == 0, skipped
     assert all(v.isfinite().all() for v in common.load_checkpoint(
         tmp_path / "run" / "last.pth")["model"].values())
-    status, _, err = finish(never)
+    _, err = run(*flags, 1e12, "--out", tmp_path / "never", processes=2, status=1)
     line, = [line for line in err.splitlines() if line.startswith("attndistill.py: error")]
-    assert status == 1 and "the loss was not finite ten steps in a row" in line
+    assert "the loss was not finite ten steps in a row" in line
 
 
 def test_nan_does_not_stay_in_a_cnns_batch_norm(tmp_path, capsys, monkeypatch):
