@@ -509,17 +509,14 @@ class Samples:
     """[(path, label), ...] without a Python object for each: counting references writes to it."""
 
     def __init__(self, samples):
-        names = [os.fsencode(path) for path, _ in samples]
-        self.names = np.frombuffer(b"".join(names), np.uint8)
-        self.ends = np.cumsum([0, *map(len, names)])
+        self.paths = np.array([os.fsencode(path) for path, _ in samples])
         self.labels = np.array([label for _, label in samples], int)
 
     def __len__(self):
         return len(self.labels)
 
     def __getitem__(self, i):
-        name = self.names[self.ends[i]:self.ends[i + 1]].tobytes()
-        return os.fsdecode(name), int(self.labels[i])
+        return os.fsdecode(self.paths[i]), int(self.labels[i])
 
 
 def open_rgb(path):

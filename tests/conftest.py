@@ -5,8 +5,8 @@ import json
 import math
 import os
 import re
-import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -92,53 +92,76 @@ def environment():
     return {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
 
 
-def words_of(command):
-    """Python's arguments for a script of this project; command[0] is the script, or torchrun."""
-    words = list(map(str, command))
-    return ["-m", "torch.distributed.run", *words[1:]] if words[0] == "torchrun" else words
+class Process:
+    """A script of this project, or torchrun, in a process of its own, forked by warm.py. It writes
+    to files: workers of one that was killed would hold pipes open for another five seconds."""
 
+    def __init__(self, words, more):
+        self.files = [tempfile.NamedTemporaryFile() for _ in range(2)]  # noqa: SIM115
+        self.pid, self.returncode = ask("start", {**environment(), **more},
+                                        [file.name for file in self.files], words), None
 
-def start(*command, **keywords):
-    """Start a script as a real process. It writes to files, for the workers of one that was killed
-    would hold pipes open for another five seconds."""
-    files = tempfile.TemporaryFile(), tempfile.TemporaryFile()
-    process = subprocess.Popen([sys.executable, *words_of(command)], cwd=ROOT, env=environment(),
-                               stdout=files[0], stderr=files[1], **keywords)
-    process.files = files
-    return process
+    def poll(self):
+        if self.returncode is None:
+            self.returncode = ask("poll", self.pid)
+        return self.returncode
 
+    def send_signal(self, number):
+        os.kill(self.pid, number)
 
-def finish(process, timeout=240):
-    """(exit status, stdout, stderr) of a started process."""
-    try:
-        process.wait(timeout)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        raise
-    for file in process.files:
-        file.seek(0)
-    return process.returncode, *(file.read().decode() for file in process.files)
+    def kill(self):
+        os.kill(self.pid, signal.SIGKILL)
 
 
 @functools.cache
 def warm():
-    """The process of warm.py, for all tests."""
     return subprocess.Popen([sys.executable, ROOT / "tests" / "warm.py"], cwd=ROOT, text=True,
-                            env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                            start_new_session=True)
+                            env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+
+
+def ask(*question):
+    print(json.dumps(question), file=warm().stdin, flush=True)
+    return json.loads(warm().stdout.readline())
+
+
+def start(*command, **more):
+    """Start a script, command[0]; more: variables of its environment."""
+    words = list(map(str, command))
+    if words[0] == "torchrun":
+        words = ["-m", "torch.distributed.run", *words[1:]]
+    return Process(words, {name: str(value) for name, value in more.items()})
+
+
+def start_ranks(*commands):
+    """Start the commands as ranks of one job, as torchrun does."""
+    more = {"WORLD_SIZE": len(commands), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    return [start(*command, RANK=rank, LOCAL_RANK=rank, **more)
+            for rank, command in enumerate(commands)]
+
+
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def finish(process, timeout=240):
+    """(exit status, stdout, stderr) of a started process."""
+    deadline = time.monotonic() + timeout
+    while process.poll() is None:
+        if time.monotonic() > deadline:
+            process.kill()
+            raise TimeoutError(f"still running after {timeout} s")
+        time.sleep(0.005)
+    return process.returncode, *(Path(file.name).read_text() for file in process.files)
 
 
 def run(*command, status=0, timeout=240, processes=1):
     """(stdout, stderr) of a script, or its ranks, run to the end, which must have that status."""
-    with tempfile.NamedTemporaryFile() as out, tempfile.NamedTemporaryFile() as err:
-        job = [processes, out.name, err.name, *words_of(command)]
-        print(json.dumps(job), file=warm().stdin, flush=True)
-        if not select.select([warm().stdout], [], [], timeout)[0]:
-            os.killpg(warm().pid, signal.SIGKILL)
-            warm.cache_clear()
-        code = int(warm().stdout.readline())
-        out, err = out.read().decode(), err.read().decode()
-    assert code == status, err[-3000:] + out[-1000:]
+    ranks = [start(*command)] if processes == 1 else start_ranks(*[command] * processes)
+    codes, out, err = zip(*(finish(rank, timeout) for rank in ranks))
+    out, err = "".join(out), "".join(err)
+    assert set(codes) == {status}, err[-3000:] + out[-1000:]
     return out, err
 
 

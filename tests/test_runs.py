@@ -294,7 +294,7 @@ LONG = [*MICRO, "--data", "shapes", "--teacher", "none", "--epochs", "50"]
     (signal.SIGTERM, 143, "its workers, too"), (signal.SIGTERM, 143, "then its workers are gone")])
 def test_a_signal_ends_the_run_in_order(number, status, to, photos, tmp_path):
     process = start("vitkd.py", *MICRO, "--data", photos, "--teacher", "none", "--epochs", 500,
-                    "--out", tmp_path / "run", start_new_session=True)
+                    "--out", tmp_path / "run")
     wait_for(lambda: (tmp_path / "run" / "last.pth").exists(), process)
     time.sleep(0.2)
     workers = children(process.pid)
@@ -315,7 +315,7 @@ def test_a_signal_ends_the_run_in_order(number, status, to, photos, tmp_path):
 
 
 def test_a_signal_before_training_is_no_traceback(tmp_path):
-    process = start("vitkd.py", *LONG, "--out", tmp_path / "run")
+    process = start(sys.executable, "vitkd.py", *LONG, "--out", tmp_path / "run")
     time.sleep(2.5)
     process.send_signal(signal.SIGINT)
     code, _, err = finish(process, timeout=30)
@@ -386,8 +386,9 @@ def test_demo_prints_its_table():
 @pytest.mark.parametrize("script", ["vitkd", "attndistill", "dearkd"])
 def test_compiled_steps_are_one_graph_and_the_same_steps(script, processes, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_LOGS", "graph_breaks,recompiles")
-    base = command_of(script, tmp_path, "--teacher", a_teacher(script, tmp_path), "--student",
-                      "micro", "--batch-size", 16, "--epochs", 2, "--amp", "off")
+    base = [sys.executable,  # a new one: torch reads that variable when it is imported
+            *command_of(script, tmp_path, "--teacher", a_teacher(script, tmp_path), "--student",
+                        "micro", "--batch-size", 16, "--epochs", 2, "--amp", "off")]
     if script != "attndistill":
         base += ["--mixup", 0, "--cutmix", 0]
     base += {"vitkd": ["--mask-ratio", 1], "dearkd": ["--pos-dropout", 0]}.get(script, [])

@@ -1,15 +1,15 @@
 """A process that has imported torch and runs scripts in forks of itself: real processes of their
 own, but ready two or three seconds earlier than a new Python.
 
-A line of stdin is a JSON list: the number of processes (above 1: ranks, as torchrun starts them),
-files for stdout and stderr, argv (a script, or -m and a module). A line of stdout answers it: the
-largest exit status.
+It answers each line of stdin, a JSON list, by a line of stdout:
+    start, environment, files for stdout and stderr, argv (a script, -m and a module, or Python's
+    path and what a new Python shall run)  ->  pid
+    poll, pid  ->  exit status (minus the signal's number), null while it runs
 """
 
 import json
 import os
 import runpy
-import socket
 import sys
 
 # for the scripts, not for use here
@@ -18,13 +18,14 @@ import torch.fx.passes.shape_prop  # noqa: F401
 import torchvision.models.feature_extraction  # noqa: F401
 
 
-def fork(argv, files, ranks):
-    pid = os.fork()
-    if pid:
-        return pid
-    os.environ.update({name: str(value) for name, value in ranks.items()})
+def run(environment, files, argv):
+    os.setsid()
+    os.environ.clear()
+    os.environ.update(environment)
     for number, file in enumerate([os.devnull, *files]):
         os.dup2(os.open(file, os.O_RDWR | os.O_APPEND), number)
+    if argv[0] == sys.executable:
+        os.execv(argv[0], argv)
     sys.path[0] = os.getcwd()
     sys.argv = argv[argv[0] == "-m":]
     if argv[0] == "-m":
@@ -35,11 +36,12 @@ def fork(argv, files, ranks):
 
 
 for line in sys.stdin:
-    processes, out, err, *argv = json.loads(line)
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        ranks = {"WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "MASTER_ADDR": "localhost",
-                 "MASTER_PORT": free.getsockname()[1]}
-    pids = [fork(argv, [out, err], {} if processes == 1 else {"RANK": i, "LOCAL_RANK": i, **ranks})
-            for i in range(processes)]
-    print(max(abs(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) for pid in pids), flush=True)
+    what, *job = json.loads(line)
+    if what == "start":
+        answer = os.fork()
+        if answer == 0:
+            run(*job)
+    else:
+        pid, status = os.waitpid(*job, os.WNOHANG)
+        answer = os.waitstatus_to_exitcode(status) if pid else None
+    print(json.dumps(answer), flush=True)
