@@ -16,7 +16,6 @@ that of a large matrix product in bf16, measured in the same run.
 import argparse
 import copy
 import functools
-import itertools
 import math
 import os
 import platform
@@ -32,7 +31,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.utils.data import default_collate
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, v2
@@ -365,23 +364,28 @@ def bench_inversion(args, batch_size=256, steps=2):
         {"plain": plain, "ours": fast}, args, repeat=1)
 
 
-def read(dataset, epochs):
-    """An epoch of a data set in batches; others see the same random numbers in the same epoch."""
-    epoch = next(epochs)
-    for batch in torch.arange(len(dataset)).split(16):
-        images = []
-        for i in batch.tolist():
-            key = epoch * len(dataset) + i
-            torch.manual_seed(common.mix_seed(0, key))
-            images.append(dataset[key if isinstance(dataset, common.Photos) else i])
-        default_collate(images)
+class Seeded(Dataset):
+    """A data set's items by key = epoch * len + index, with the random numbers of Photos' items."""
+
+    def __init__(self, base):
+        self.base = base
+
+    def __getitem__(self, key):
+        torch.manual_seed(common.mix_seed(0, key))
+        return self.base[key % len(self.base)]
 
 
-def bench_input(args):
-    """Training images on one core, in this process: read, decoded, augmented, in batches of 16."""
-    threads, bicubic = torch.get_num_threads(), InterpolationMode.BICUBIC
-    torch.set_num_threads(1)
-    print("| photos, one core | images/s plain | ours | ours / plain |\n|---|---|---|---|")
+def drain(loader):
+    for _ in loader:
+        pass
+
+
+def bench_input(args, epochs=4):
+    """Training images as a loop gets them, in batches of 32 from one worker: read, decoded,
+    augmented. Plain: torchvision's ImageFolder and its transforms of PIL images; these normalise,
+    too, which ours leave to the device."""
+    bicubic = InterpolationMode.BICUBIC
+    print("| photos, one worker | images/s plain | ours | ours / plain |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, "-m", "zipfile", "-e", DATA / "imagenet_photos.zip",
                         folder], check=True)
@@ -394,13 +398,17 @@ def bench_input(args):
                 v2.Normalize(common.MEAN, common.STD)]))
             ours = common.Photos(common.ClassFolders(folder), common.train_transform(
                 224, rand_augment=magnitude))
-            seconds, _ = alternate({"plain": functools.partial(read, plain, itertools.count()),
-                                    "ours": functools.partial(read, ours, itertools.count())},
-                                   torch.device("cpu"), args.rounds)
+            keys = range(epochs * len(ours))
+            loaders = {way: common.make_loader(dataset, 1, batch_size=32, sampler=keys,
+                                               persistent_workers=True)
+                       for way, dataset in (("plain", Seeded(plain)), ("ours", ours))}
+            seconds, _ = alternate({way: functools.partial(drain, loader)
+                                    for way, loader in loaders.items()},
+                                   torch.device("cpu"), args.rounds, repeat=1)
             print(f"| {name} | " + " | ".join(
-                f"{len(ours) / statistics.median(s):.0f}" for s in seconds.values())
+                f"{len(keys) / statistics.median(s):.0f}" for s in seconds.values())
                 + f" | {ratios(seconds)} |", flush=True)
-    torch.set_num_threads(threads)
+            del loaders  # and their workers
 
 
 # ------------------------------------------------------------------ beside the steps, and growth
