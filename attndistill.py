@@ -577,7 +577,7 @@ def parse_args():
          "(0, 1]")],
         "Peak learning rate: 1.5e-4 for batches of 256, in proportion for others.\n"
         "Warm-up: 40 epochs, or a tenth of --epochs where that is less.")
-    common.run_flags(parser, eval_every=20)
+    parser.add_flags("run", common.run_flags(eval_every=20))
     group = parser.add_flags("pictures", [
         ("--weights", str, "the student.pth to draw beside the teacher")],
         "--visualize writes attention.png to --out, or else beside --weights.")

@@ -842,6 +842,10 @@ def write_whole(path, write):
                     f"was there before is still whole", 1, alone=True)
 
 
+def write_json(path, record):
+    write_whole(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
+
+
 def load_checkpoint(path):
     """What torch.save wrote to `path`, tensors on the CPU. Runs no code from the file.
 
@@ -995,8 +999,7 @@ def open_run(args):
             raise Abort(f"{log} is of {len(lines)} epochs, but there is no {last}: take another "
                         f"--out, or delete that file to start anew")
         settings = {**vars(args), "processes": world_size(), "torch": torch.__version__}
-        write_whole(out / "args.json", lambda file: file.write(
-            json.dumps(settings, indent=1).encode()))
+        write_json(out / "args.json", settings)
         write_whole(log, lambda file: file.write("".join(f"{k}\n" for k in kept).encode()))
 
     on_rank_zero(prepare)
@@ -1099,7 +1102,8 @@ class Parser(argparse.ArgumentParser):
 
     def add_flags(self, title, flags, note=None):
         """flags: (name, default, help[, interval]); a type instead of a default: there is none;
-        False: a switch; a list: choices. interval, e.g. "(0, 1]": the values that are allowed."""
+        False: a switch; a list: choices; a tuple: the flag alone means its first value. interval,
+        e.g. "(0, 1]": the values that are allowed."""
         group = self.add_argument_group(title, note)
         for name, default, text, *interval in flags:
             kind = default if isinstance(default, type) else type(default)
@@ -1108,6 +1112,9 @@ class Parser(argparse.ArgumentParser):
                 group.add_argument(name, action="store_true", help=text)
             elif isinstance(default, list):
                 group.add_argument(name, choices=default, help=text)
+            elif isinstance(default, tuple):
+                group.add_argument(name, nargs="?", const=default[0], choices=default, help=text,
+                                   metavar=default[1])
             elif default is kind:
                 group.add_argument(name, type=convert, help=text, metavar=kind.__name__.upper())
             else:
@@ -1161,16 +1168,16 @@ def recipe_flags(batch_size, epochs, min_lr, weight_decay, clip_grad):
         ("--seed", 0, "of weights, data order and augmentation", "[0, inf)")]
 
 
-def run_flags(parser, eval_every=1):
-    group = parser.add_flags("run", [
+def run_flags(eval_every=1):
+    return [
         ("--amp", ["bf16", "fp16", "off"], "default: bf16 where the device is fast at it"),
         ("--compile", False, "torch.compile student and teacher"),
         ("--out", str, "where the results go (default: out/SCRIPT-STUDENT-TEACHER)"),
+        ("--resume", ("yes", "auto"),
+         "go on from OUT/last.pth; --resume auto: start if there is none"),
         ("--eval-every", eval_every, "epochs between evaluations", "[1, inf)"),
         ("--dry-run", False, "20 steps, then: images/s, memory, hours of the run; writes nothing"),
-        ("--demo", False, "a whole distillation in minutes, nothing needed (heeds --seed, --amp)")])
-    group.add_argument("--resume", nargs="?", const="yes", choices=["yes", "auto"], metavar="auto",
-                       help="go on from OUT/last.pth; --resume auto: start if there is none")
+        ("--demo", False, "a whole distillation in minutes, nothing needed (heeds --seed, --amp)")]
 
 
 def check_flags(args):

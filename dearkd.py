@@ -963,16 +963,12 @@ def open_folder(out, record, dry_run):
                                f"another folder")
         if not dry_run:
             out.mkdir(parents=True, exist_ok=True)
-            write_json(file, record)
+            common.write_json(file, record)
             for name in record["classes"]:
                 (out / "train" / name).mkdir(parents=True, exist_ok=True)
     except (AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise common.Abort(f"cannot use --synthesize {out}: {error!r}")
     return record
-
-
-def write_json(path, record):
-    common.write_whole(path, lambda file: file.write(json.dumps(record, indent=1).encode()))
 
 
 def write_png(path, image):
@@ -1103,7 +1099,7 @@ def fill_folder(args, device):
         record["synthetic"] = figures(common.ClassFolders(out / "train"), teacher, verifier, args,
                                       device, autocast)
         say_figures("synthetic", record["synthetic"])
-        write_json(out / "synthesis.json", record)
+        common.write_json(out / "synthesis.json", record)
     meet()
     return record
 
@@ -1205,7 +1201,7 @@ def parse_args():
         ("--demo-data-free", False, "synthesis and training on it in minutes, nothing needed")],
         "Then train on them: --data DIR --val REAL/val. A restart of the same command goes on.\n"
         "Class folders are named as in --val or --data if given, whose images are also measured.")
-    common.run_flags(parser)
+    parser.add_flags("run", common.run_flags())
     group = parser.add_flags("pictures", [
         ("--weights", str, "the student.pth whose attention distance is drawn")],
         "--visualize writes attention_distance.png to --out, or else beside --weights.")

@@ -549,7 +549,7 @@ def parse_args():
          "[0, 1)")],
         "Peak learning rate: 1e-3 for batches of 1024, in proportion for others.\n"
         "Warm-up: 20 epochs, or a tenth of --epochs where that is less.")
-    common.run_flags(parser)
+    parser.add_flags("run", common.run_flags())
     args = parser.parse_args()
 
     if args.student not in SIZES:

@@ -731,7 +731,7 @@ def test_visualize_draws_what_the_models_attend_to(teacher, tmp_path, capsys, mo
 
 @pytest.mark.slow
 def test_demo_prints_its_table():
-    out, _ = run("attndistill.py", "--demo", timeout=600)
+    out, _ = run("attndistill.py", "--demo", timeout=900)
     table = out.splitlines()[-3:]
     assert [line.split("  ")[0] for line in table] == ["teacher", "student, PA", "student, PA + AG"]
 
