@@ -19,6 +19,7 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -90,20 +91,13 @@ def _receive(number, frame):
         stop(number, "before anything was kept")
 
 
-def hold_signals():
-    """From here on a signal only sets signalled(): the loop finishes its step and stops itself."""
+def hold_signals(hold=True):
+    """From here on a signal only sets signalled(): the loop finishes its step and stops itself. (A
+    loader that is broken off anywhere may leave a lock taken, and its tear-down waits for that.)
+    Returns what was so before."""
     global _held
-    _held = True
-
-
-@contextlib.contextmanager
-def signals_held():
-    """The same for a while: a loader that is broken off anywhere may leave a lock taken, and its
-    tear-down waits for that. Then stop_together()."""
-    global _held
-    before, _held = _held, True
-    yield
-    _held = before
+    before, _held = _held, hold
+    return before
 
 
 def stop(number, when):
@@ -234,8 +228,7 @@ def on_rank_zero(work):
         dist.broadcast_object_list(box, src=0)
         time.sleep(0.1)  # gloo frees its tensors: see all_reduce_()
     if box[1]:
-        if rank():
-            box[1].alone = False  # rank 0 has told it
+        box[1].alone = False  # rank 0 tells it
         raise box[1]
     return box[0]
 
@@ -479,8 +472,7 @@ def read_split(name, split, args):
         images = ClassFolders(folder)
     except (OSError, ValueError) as error:  # ValueError: there is no class folder
         raise Abort(f"no images in {folder}: {error}")
-    empty = [images.classes[c] for c in sorted(set(range(len(images.classes)))
-                                               - set(images.targets))]
+    empty = [images.classes[c] for c in np.setdiff1d(range(len(images.classes)), images.targets)]
     if not len(images):
         raise Abort(f"no images in {folder} (class folders: {', '.join(empty[:5])})")
     if empty:
@@ -676,9 +668,8 @@ class Epoch:
 
     def __init__(self, loader, epoch, args, device):
         self.loader, self.epoch, self.args, self.device = loader, epoch, args, device
-        self.step, self.images, self.unreadable, self.skipped = 0, 0, 0, 0
+        self.step, self.images, self.unreadable, self.skipped, self.waited = 0, 0, 0, 0, 0.0
         self.sums, self.step_losses = {}, {}
-        self.step_waits = []
         self.started = time.perf_counter()
 
     def batches(self):
@@ -701,22 +692,20 @@ class Epoch:
         self.loader.batch_sampler.epoch = epoch
         mark = time.perf_counter()
         for step, batch in enumerate(self.loader):
-            self.step_waits.append(time.perf_counter() - mark)
+            self.waited += time.perf_counter() - mark
             yield step, *batch
             mark = time.perf_counter()
 
     def _dry_run_source(self):
         """5 steps to warm up; then, once the loader's queue is used up, so that a loader which
         cannot keep pace shows, the 15 that are timed. Short epochs follow each other."""
-        endless = (batch for epoch in range(10**9) for batch in self._source(epoch))
-        for _ in range(5):
-            yield next(endless)
+        endless = (batch for epoch in itertools.count() for batch in self._source(epoch))
+        yield from itertools.islice(endless, 5)
         for _ in range(self.loader.num_workers * 2):
             next(endless)
-        self.step_waits, self.timed_from = [], time.perf_counter()
-        for _ in range(DRY_RUN_STEPS - 5):
-            yield next(endless)
-        self.timed_seconds = time.perf_counter() - self.timed_from
+        self.waited, began = 0.0, time.perf_counter()
+        yield from itertools.islice(endless, DRY_RUN_STEPS - 5)
+        self.timed_seconds = time.perf_counter() - began
 
     def add(self, losses, weight):
         for name, loss in losses.items():
@@ -772,7 +761,7 @@ class Epoch:
             raise Abort(f"{unreadable} of {images} images were unreadable in epoch "
                         f"{self.epoch + 1}, more than 1 %: mend {self.args.data}", 1)
         steps = world_size() * max(1, self.step - self.skipped)
-        memory, waited = all_reduce([peak_memory_gb(self.device), sum(self.step_waits)],
+        memory, waited = all_reduce([peak_memory_gb(self.device), self.waited],
                                     self.device, dist.ReduceOp.MAX)
         return {"epoch": self.epoch + 1,
                 **{name: total / steps for name, total in zip(names, sums)},
@@ -795,8 +784,8 @@ def evaluate(model, loader, device, autocast, max_batches=None):
     unreadable ones are left out."""
     model.eval()
     top1 = top5 = count = unreadable = 0
-    for batch, (images, target, skipped) in enumerate(loader):
-        if batch == max_batches or _signal:
+    for images, target, skipped in itertools.islice(loader, max_batches):
+        if _signal:
             break
         with autocast():
             logits = model(normalize(images, device)).float()
@@ -891,9 +880,8 @@ def mismatches(state, build, arch):
     """What keeps `state` from being the weights of build(**arch), which is made without memory: a
     list of phrases, empty if nothing does."""
     try:
-        if not all(isinstance(v, int) and 0 <= v < 2**20 for v in arch.values()):
-            raise ValueError(f"{arch}")
-        if arch["dim"] % arch["num_heads"] or arch["depth"] > 1000:
+        if (not all(isinstance(v, int) and 0 <= v < 2**20 for v in arch.values())
+                or arch["dim"] % arch["num_heads"] or arch["depth"] > 1000):
             raise ValueError(f"{arch}")
         with torch.device("meta"):
             expected = build(**arch).state_dict()
@@ -987,19 +975,14 @@ def open_run(args):
             lines = log.read_text(errors="replace").splitlines() if log.exists() else []
         except OSError as error:
             raise Abort(f"cannot write to --out {out}: {error}")
-        # A run killed between its log line and its checkpoint does that epoch again.
-        done, kept = checkpoint["epoch"] if checkpoint else 0, []
-        for line in lines:
-            try:
-                if json.loads(line)["epoch"] <= done:
-                    kept.append(line)
-            except (KeyError, TypeError, ValueError):
-                continue  # cut off, or damaged
         if len(lines) > 1 and not checkpoint:
             raise Abort(f"{log} is of {len(lines)} epochs, but there is no {last}: take another "
                         f"--out, or delete that file to start anew")
         settings = {**vars(args), "processes": world_size(), "torch": torch.__version__}
         write_json(out / "args.json", settings)
+        # A run killed between its log line and its checkpoint does that epoch again. What a power
+        # loss damaged is behind the lines of finished epochs, too.
+        kept = lines[:checkpoint["epoch"] if checkpoint else 0]
         write_whole(log, lambda file: file.write("".join(f"{k}\n" for k in kept).encode()))
 
     on_rank_zero(prepare)
@@ -1070,8 +1053,7 @@ def report_dry_run(args, timed, student, teacher, eval_sets, autocast, prepared)
     for books, epochs in timed:
         step = books.timed_seconds / (DRY_RUN_STEPS - 5)
         whole += epochs * steps * step
-        waited, = all_reduce([sum(books.step_waits) / books.timed_seconds], device,
-                             dist.ReduceOp.MAX)
+        waited, = all_reduce([books.waited / books.timed_seconds], device, dist.ReduceOp.MAX)
         say(f"dry run, {epochs} epochs: {images / steps / step:.1f} images/s, {100 * waited:.0f} % "
             f"of the time waiting for data")
     memory, whole = all_reduce([peak_memory_gb(device), whole], device, dist.ReduceOp.MAX)

@@ -94,8 +94,8 @@ class ConvAttention(nn.Module):
 
     def __init__(self, dim, num_heads, grid_size, num_prefix_tokens, pos_dropout=0.1):
         super().__init__()
-        self.num_heads, self.grid_size = num_heads, grid_size
-        self.num_prefix_tokens, self.pos_dropout = num_prefix_tokens, pos_dropout
+        self.num_heads, self.num_prefix_tokens = num_heads, num_prefix_tokens
+        self.pos_dropout = pos_dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         nearest = sorted(((i, j) for i in (-1, 0, 1) for j in (-1, 0, 1)),
@@ -153,11 +153,9 @@ class Aligner(nn.Module):
 def hint_loss(student_map, teacher_map):
     """L_h of one hint: mean squared error over all elements, the CNN's map (B, C_t, h, h) brought
     to the student's grid (B, C_t, g, g), averaged where it is larger, enlarged where smaller."""
-    size, teacher_map = student_map.shape[-2:], teacher_map.float()
-    if teacher_map.shape[-1] >= size[-1]:
-        teacher_map = F.adaptive_avg_pool2d(teacher_map, size)
-    else:
-        teacher_map = F.interpolate(teacher_map, size, mode="bilinear")
+    size = student_map.shape[-2:]
+    mode = "area" if teacher_map.shape[-1] >= size[-1] else "bilinear"  # area: the mean
+    teacher_map = F.interpolate(teacher_map.float(), size, mode=mode)
     return F.mse_loss(student_map.float(), teacher_map)
 
 
@@ -373,9 +371,7 @@ CIFAR_RESNETS = {f"cifar_resnet{depth}": (depth - 2) // 6 for depth in (20, 32, 
 
 def check_name(name):
     """Raise common.Abort unless there is a CNN of that name."""
-    known = [known for known in models.list_models(module=models)
-             if not known.startswith(("vit", "swin", "maxvit"))]
-    known += CIFAR_RESNETS
+    known = [*models.list_models(models, exclude=("vit*", "swin*", "maxvit*")), *CIFAR_RESNETS]
     if name not in known:
         near = difflib.get_close_matches(name, known, 5, 0.5)
         raise common.Abort(f"no CNN {name} in torchvision"
@@ -409,10 +405,9 @@ class Teacher(nn.Module):
     def __init__(self, cnn, image_size, mean=common.MEAN, std=common.STD):
         super().__init__()
         self.image_size = image_size
-        scale, shift = torch.tensor(common.STD) / torch.tensor(std), torch.tensor(common.MEAN)
-        self.register_buffer("scale", scale[:, None, None], persistent=False)
-        self.register_buffer("shift", ((shift - torch.tensor(mean)) / torch.tensor(std))[
-            :, None, None], persistent=False)
+        ours, its = torch.tensor([[common.MEAN, common.STD], [mean, std]])[..., None, None]
+        self.register_buffer("scale", ours[1] / its[1], persistent=False)           # (3, 1, 1)
+        self.register_buffer("shift", (ours[0] - its[0]) / its[1], persistent=False)
         cnn.eval()
         last = get_graph_node_names(cnn)[1][-1]
         self.cnn = create_feature_extractor(cnn, [last]).eval()
@@ -456,7 +451,7 @@ def load_teacher(name, weights=None, num_classes=1000):
     Raises common.Abort: unknown name, weights missing, damaged or of another model, a head that
     has not `num_classes` classes (None: any number).
     """
-    size, mean, std = 224, common.MEAN, common.STD
+    mean, std = common.MEAN, common.STD
     if Path(name).is_file():
         source, checkpoint = name, common.load_export(name)
         state, arch = checkpoint["model"], checkpoint["arch"]
@@ -477,26 +472,24 @@ def load_teacher(name, weights=None, num_classes=1000):
             size, mean, std = transform.crop_size[0], transform.mean, transform.std
         source = weights or release.url
         state = common.load_checkpoint(weights) if weights else download(source)
+        state = state if isinstance(state, dict) else {}
         for wrapper in ("state_dict", "model"):
-            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-                state = state[wrapper]
-    state, versions = state if isinstance(state, dict) else {}, getattr(state, "_metadata", None)
-    state = {re.sub(r"(denselayer\d+\.\w+)\.([12])\.", r"\1\2.",  # DenseNet's file: norm.1 is norm1
-                    str(k).removeprefix("module.")): v for k, v in state.items()
-             if not str(k).startswith(("aux", "AuxLogits"))}
+            state = state[wrapper] if isinstance(state.get(wrapper), dict) else state
+    state = {str(k).removeprefix("module."): v for k, v in state.items()}
+    state = {re.sub(r"(denselayer\d+\.\w+)\.([12])\.", r"\1\2.", k): v  # DenseNet's norm.1 is norm1
+             for k, v in state.items() if not k.startswith(("aux", "AuxLogits"))}
     bias = [v for k, v in state.items() if k.endswith("bias") and getattr(v, "ndim", 0) == 1]
     classes = min(len(bias[-1]), 2**20) if bias else num_classes or 1000
     cnn = make_cnn(cnn_name, classes)
-    state = {**{k: v for k, v in cnn.state_dict().items() if k.endswith("num_batches_tracked")},
-             **state}  # old files lack BatchNorm's counter, which nothing here reads
-    problems = common.unlike(state, cnn.state_dict())
+    whole = cnn.state_dict()  # old files lack BatchNorm's counter, which nothing here reads
+    state = {k: v for k, v in whole.items() if k.endswith("num_batches_tracked")} | state
+    problems = common.unlike(state, whole)
     if problems:
         raise common.Abort(f"{source} does not hold a {cnn_name}: {'; '.join(problems)}")
     if num_classes not in (None, classes):
         raise common.Abort(f"the teacher in {source} has {classes} classes, the data {num_classes}")
-    state = collections.OrderedDict(state)
-    state._metadata = versions or cnn.state_dict()._metadata  # MNASNet reads it
-    cnn.load_state_dict(state)
+    whole.update(state)  # it carries the version that MNASNet asks for
+    cnn.load_state_dict(whole)
     return Teacher(cnn, size, mean, std).requires_grad_(False).eval()
 
 
@@ -579,10 +572,9 @@ def train(args, device):
             args.teacher_checksum = common.checksum(teacher)
             hints = parse_hints(args.hints, depth, teacher.stages, student.grid_size)
             aligners.extend(Aligner(dim, teacher.stages[stage - 1][1]) for _, stage in hints)
-    if device.type == "cuda":  # convolutions are faster so
-        for cnn in (teacher, args.train_teacher and student):
-            if cnn:
-                cnn.to(memory_format=torch.channels_last)
+    cnn = student if args.train_teacher else teacher
+    if cnn:
+        cnn.to(memory_format=torch.channels_last)  # convolutions are faster so
     model = Objective(student, aligners, hints, args).to(device)
     ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(args.ema)) if args.ema else None
     trained = ema.module if ema else student  # what is evaluated and exported
@@ -717,7 +709,7 @@ def parse_hints(text, depth, stages, grid):
         if not 0 <= block < depth:
             raise common.Abort(f"--hints {text}: the student has blocks 0 to {depth - 1}")
         number = stage if stage > 0 else last + 1 + stage
-        if stage == 0 or not 1 <= number <= last:
+        if not 1 <= number <= last:
             found = ", ".join(f"{i} ({channels} x {size} x {size})"
                               for i, (_, channels, size) in enumerate(stages, 1))
             raise common.Abort(f"--hints {text}: the teacher has stages {found}")
@@ -900,7 +892,7 @@ def class_names(cnn, num_classes):
 
 
 @torch.no_grad()
-def figures(base, teacher, verifier, args, device, autocast):
+def figures(kind, base, teacher, verifier, args, device, autocast):
     """What the first 100 images of each class are like, by name: top-1 of teacher and verifier and
     the teacher's probability of the right class, in percent; distance of class-mates in the
     teacher's L2-normalised penultimate features, "diversity" (mean) and "nearest"."""
@@ -938,11 +930,8 @@ def figures(base, teacher, verifier, args, device, autocast):
             nearest.append(d.fill_diagonal_(math.inf).amin(1).mean().item())
     if mean:
         result |= {"diversity": sum(mean) / len(mean), "nearest": sum(nearest) / len(nearest)}
-    return result
-
-
-def say_figures(kind, result):
     common.say(f"{kind} images: " + ", ".join(f"{k} {v:.3g}" for k, v in result.items()))
+    return result
 
 
 def open_folder(out, record, dry_run):
@@ -980,19 +969,13 @@ def write_png(path, image):
 
 def project_synthesis(args, teacher, competitor, batches, todo, settings, autocast):
     """--dry-run: 20 steps of the first batch at either size; hours of what is left to do."""
-    few = {name: min(20, settings[name]) for name in ("half_steps", "steps")}
-    labels, marks, seconds = batches[0][0].to(teacher.scale.device), [], 0
-
-    def report(step, losses, images):
-        losses["ce"].item()  # waits for the device
-        marks.append(time.perf_counter())
-
-    synthesize(teacher, labels, args.image_size, 0, competitor, args.competition, autocast, report,
-               **{**settings, **few})
-    for name, part in (("half_steps", marks[:few["half_steps"]]),
-                       ("steps", marks[few["half_steps"]:])):
-        if len(part) > 5:  # the first five warm up
-            seconds += settings[name] * (part[-1] - part[4]) / (len(part) - 5)
+    labels, seconds = batches[0][0].to(teacher.scale.device), 0
+    for size in filter(settings.get, ("half_steps", "steps")):
+        for steps in (5, 15):  # the first five warm up
+            started = time.perf_counter()
+            synthesize(teacher, labels, args.image_size, 0, competitor, args.competition, autocast,
+                       **{**settings, "half_steps": 0, "steps": 0, size: steps})
+        seconds += settings[size] * (time.perf_counter() - started) / steps
     memory, seconds = common.all_reduce([common.peak_memory_gb(labels.device), seconds],
                                         labels.device, dist.ReduceOp.MAX)
     hours = math.ceil(len(todo) / common.world_size()) * seconds / 3600
@@ -1028,17 +1011,17 @@ def fill_folder(args, device):
             args.image_size, num_classes):
         raise common.Abort(f"--competitor {args.competitor} must be for {args.image_size} px and "
                            f"{num_classes} classes")
-    real, names, source = None, class_names(args.teacher, num_classes), args.val or args.data
-    if source:
-        real = common.rank_zero_first(lambda: common.read_split(source, "val", args))
-        names = real.classes
+    source = args.val or args.data
+    real = source and common.rank_zero_first(lambda: common.read_split(source, "val", args))
+    names = real.classes if real else class_names(args.teacher, num_classes)
     if len(names) != num_classes:
         raise common.Abort(f"the teacher has {num_classes} classes, {source} {len(names)}")
 
     out = Path(args.synthesize)
-    settled = {**settings, "weights": common.checksum(teacher)}
-    for name in ("amp", "image_size", "images_per_class", "images_per_batch", "competitor",
-                 "competition", "seed"):
+    settled = {**settings, "weights": common.checksum(teacher),
+               "competitor": competitor and common.checksum(competitor)}
+    for name in ("amp", "image_size", "images_per_class", "images_per_batch", "competition",
+                 "seed"):
         settled[name] = getattr(args, name)
     record = common.on_rank_zero(lambda: open_folder(
         out, {"settings": settled, "classes": names}, args.dry_run))
@@ -1054,8 +1037,7 @@ def fill_folder(args, device):
     if args.dry_run:
         return project_synthesis(args, teacher, competitor, batches, todo, settings, autocast)
     if real and common.rank() == 0:
-        record["real"] = figures(real, teacher, verifier, args, device, autocast)
-        say_figures("real", record["real"])
+        record["real"] = figures("real", real, teacher, verifier, args, device, autocast)
         chance = 100 / num_classes
         if record["real"]["teacher_top1"] < chance + 0.1 * (100 - chance):
             common.warn(f"that is near chance: do {source}'s class folders sort in the order of "
@@ -1096,9 +1078,8 @@ def fill_folder(args, device):
         if todo:
             made = sum(len(batches[i][0]) for i in todo)
             record["images_per_second"] = made / (time.perf_counter() - started)
-        record["synthetic"] = figures(common.ClassFolders(out / "train"), teacher, verifier, args,
-                                      device, autocast)
-        say_figures("synthetic", record["synthetic"])
+        record["synthetic"] = figures("synthetic", common.ClassFolders(out / "train"), teacher,
+                                      verifier, args, device, autocast)
         common.write_json(out / "synthesis.json", record)
     meet()
     return record
@@ -1121,7 +1102,7 @@ def visualize(args):
     except Exception as error:  # noqa: BLE001 - decoders raise whatever they like
         raise common.Abort(f"cannot read the images: {error}")
     distance = attention_distance(model, images)                            # (depth, H)
-    longest, width, tiles = math.sqrt(2) * (model.grid_size - 1), 240, []
+    longest, width, tiles = math.sqrt(2) * max(1, model.grid_size - 1), 240, []
     for block, heads in enumerate(distance.tolist()):
         tile = torch.zeros(3, 16 + 12 * len(heads), width, dtype=torch.uint8)
         mean, name = sum(heads) / len(heads), type(model.blocks[block].attn).__name__
@@ -1213,6 +1194,8 @@ def parse_args():
         parser.error("--weights goes with --visualize")
     if args.visualize:
         return args
+    if args.train_teacher:
+        args.teacher, args.patch_size = "none", 1  # a CNN has no patches
     if args.teacher_weights and (args.teacher == "none" or Path(args.teacher).is_file()):
         parser.error(f"--teacher-weights goes with a teacher's name, not with {args.teacher}")
     if args.verifier_weights and (not args.verifier or Path(args.verifier).is_file()):
@@ -1220,13 +1203,11 @@ def parse_args():
     if args.synthesize:
         if args.teacher == "none" or not args.images_per_class:
             parser.error("--synthesize goes with a --teacher and with --images-per-class")
-        if args.data == parser.get_default("data"):
-            args.data = None  # only what was asked for
+        if not any(word.split("=")[0] == "--data" for word in sys.argv):
+            args.data = None  # not its default
         return args
     if args.student not in SIZES:
         parser.error(f"no student {args.student}: take {', '.join(SIZES)}")
-    if args.train_teacher:
-        args.teacher, args.patch_size = "none", 1  # a CNN has no patches
     depth = SIZES[args.student][1]
     if args.mhca_blocks > depth:
         parser.error(f"--mhca-blocks {args.mhca_blocks}: {args.student} has {depth} blocks")
@@ -1261,11 +1242,11 @@ def demo(args, device):
     args.mixup = args.cutmix = args.label_smoothing = args.ema = args.drop_path = 0.0
     args.rand_augment, args.random_erasing, args.crop_scale = 0, 0.0, 0.5
     args.preview_every, args.images_per_class, args.images_per_batch = 10**9, 48, 160
-    args.train_teacher, mhca_blocks, hints, table = None, args.mhca_blocks, args.hints, []
+    args.train_teacher, table = None, []
     with tempfile.TemporaryDirectory() as folder:
         rows = [("alone", 8, {"mhca_blocks": 0, "teacher": "none"}),
                 ("logits only", 8, {"mhca_blocks": 0, "hints": "none"}),
-                ("DearKD", 8, {"mhca_blocks": mhca_blocks, "hints": hints})]
+                ("DearKD", 8, {})]
         if args.demo_data_free:
             rows = [("noise", 40, {"steps": 0}),
                     ("DeepInversion", 40, {"steps": 200, "divergence": 0.0}),

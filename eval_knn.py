@@ -56,13 +56,10 @@ def knn_predict(train_features, train_labels, test_features, ks=KS, temperature=
         similarity, neighbour = similarity.topk(most, dim=1)                # (n, most), best first
         vote = ((similarity - similarity[:, :1]).double() / temperature).exp()  # best: 1
         label = train_labels[neighbour]
-        score = torch.zeros(len(test), num_classes, dtype=torch.float64, device=device)
-        counted = 0
-        for k in sorted(predictions):  # the votes of the k before, and those of some more
-            more = slice(counted, min(k, N))
-            score.scatter_add_(1, label[:, more], vote[:, more])
-            predictions[k].append(score.topk(min(5, num_classes), dim=1).indices)
-            counted = k
+        for k, parts in predictions.items():
+            score = torch.zeros(len(test), num_classes, dtype=torch.float64, device=device)
+            score.scatter_add_(1, label[:, :k], vote[:, :k])
+            parts.append(score.topk(min(5, num_classes), dim=1).indices)
     torch.set_float32_matmul_precision(exact)
     return {k: torch.cat(parts) for k, parts in predictions.items()}
 
@@ -104,24 +101,22 @@ def extract_features(model, dataset, args, device, autocast, dtype=torch.float16
     # Each process fills in its own rows; the sum over processes is the whole.
     features = torch.zeros(len(dataset), model.cls_token.shape[-1], dtype=dtype, device=device)
     labels = torch.zeros(len(dataset), dtype=torch.long, device=device)  # 1 + label, unreadable: 0
-    finite = torch.ones((), dtype=torch.bool, device=device)
-    with common.signals_held():
-        for images, target, unreadable in tqdm(loader, "features", leave=False,
-                                               disable=None if common.rank() == 0 else True):
-            if common.signalled():
-                break
-            with autocast():
-                z = model(common.normalize(images, device)).to(dtype)       # (B, D)
-            finite &= z.isfinite().all()
-            rows = slice(at, at + common.world_size() * len(z), common.world_size())
-            features[rows] = z
-            labels[rows] = ((target + 1) * (unreadable == 0)).to(device)
-            at = rows.stop
-        common.stop_together(device, "while computing features")
+    held = common.hold_signals()
+    for images, target, unreadable in tqdm(loader, "features", leave=False,
+                                           disable=None if common.rank() == 0 else True):
+        if common.signalled():
+            break
+        with autocast():
+            z = model(common.normalize(images, device)).to(dtype)           # (B, D)
+        rows = slice(at, at + common.world_size() * len(z), common.world_size())
+        features[rows] = z
+        labels[rows] = ((target + 1) * (unreadable == 0)).to(device)
+        at = rows.stop
+    common.hold_signals(held)  # before the question: no signal falls between
+    common.stop_together(device, "while computing features")
     common.all_reduce_(features, dist.ReduceOp.SUM)
     common.all_reduce_(labels, dist.ReduceOp.SUM)
-    all_finite, = common.all_reduce([finite], device, dist.ReduceOp.MIN)
-    if not all_finite:
+    if not all(part.isfinite().all() for part in features.split(2**16)):
         raise common.Abort(f"features are not finite in {dtype}: the weights are broken, or "
                            f"eval_knn.py needs --features fp32", 1)
     readable = labels > 0
@@ -212,8 +207,8 @@ def load_model(args):
         try:
             return attndistill.load_teacher(args.arch, args.weights, args.image_size or 224)
         except common.Abort as error:  # in this program's words
-            message = str(error).replace("--teacher-weights", "--weights")
-            raise common.Abort(message.replace("--teacher", "--arch").replace("teacher", "arch"))
+            text = str(error).replace("--teacher-weights", "--weights")
+            raise common.Abort(text.replace("--teacher", "--arch").replace("no teacher", "no arch"))
     checkpoint = common.load_export(args.weights)
     state, arch = checkpoint["model"], {**checkpoint["arch"]}
     if checkpoint["script"] not in SCRIPTS:
@@ -244,7 +239,7 @@ def parse_args():
         ("--load-features", str, "no model and no images: features that --save-features wrote")])
     parser.add_flags("data", [
         *common.data_flags(int, " (default: the weights' own; with --arch 224)"),
-        ("--micro-batch", 256, "images per forward pass and process", "[1, inf)"),
+        ("--micro-batch", 256, "images per forward pass and process", "[1, 256]"),
         ("--seed", 0, "of shapes, and of the linear probe's batches", "[0, inf)")])
     group = parser.add_flags("evaluation", [
         ("--temperature", 0.07, "of the votes", "(0, inf)"),
@@ -309,8 +304,7 @@ def main():
     args = parse_args()
     device = common.init_processes()
     if args.save_features:
-        common.rank_zero_first(
-            lambda: check_writable(args.save_features) if common.rank() == 0 else None)
+        common.on_rank_zero(lambda: check_writable(args.save_features))
     if args.load_features:
         features = load_features(args.load_features, device)
     else:

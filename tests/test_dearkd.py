@@ -341,7 +341,7 @@ def test_released_weights_load_frozen_and_stay_in_eval_mode(tmp_path):
 def test_googlenets_own_input_transform_and_extra_heads(tmp_path):
     """Its released weights come with three heads, and normalise the images once more."""
     cnn = torchvision.models.googlenet(init_weights=False, transform_input=True).eval()
-    torch.save(cnn.state_dict(), tmp_path / "g.pth")
+    torch.save({f"module.{k}": v for k, v in cnn.state_dict().items()}, tmp_path / "g.pth")
     images = torch.randn(1, 3, 224, 224)
     with torch.no_grad():
         maps, logits = dearkd.load_teacher("googlenet", tmp_path / "g.pth").features(images)
@@ -603,6 +603,7 @@ def test_wrong_flags_are_one_line(teacher, tmp_path, capsys, monkeypatch):
             ([*here, "--data", "shapes"], "has 3 classes, the data 10"),
             ([*here, "--train-teacher", "alexnet"], "alexnet cannot take 2 images of 16 px at on"),
             ([*here, "--teacher-weights", "x"], "goes with a teacher's name"),
+            ([*here, "--train-teacher", "resnet18", "--teacher-weights", "x"], "not with none"),
             ([*here, "--pos-dropout", 1], "--pos-dropout: 1 is not in [0, 1)"),
             ([*here, "--weights", weights], "--weights goes with --visualize"),
             (["--visualize", "x.jpg"], "--visualize needs the student"),

@@ -361,7 +361,8 @@ def test_figures_equal_their_definitions(tmp_path):
     data = make_photos(tmp_path, counts=(("val", 5),))
     base = ImageFolder(data / "val")
     args = common.argparse.Namespace(image_size=16, workers=0)
-    found = dearkd.figures(base, model, None, args, torch.device("cpu"), contextlib.nullcontext)
+    found = dearkd.figures("real", base, model, None, args, torch.device("cpu"),
+                           contextlib.nullcontext)
     assert "verifier_top1" not in found
     transform = v2.Compose([v2.PILToTensor(),
                             v2.Resize(16, interpolation=v2.InterpolationMode.BICUBIC),
@@ -463,6 +464,7 @@ def test_wrong_input_is_one_line(teacher, tmp_path, capsys, monkeypatch):
             ([*here, "--verifier-weights", weights], "goes with a --verifier's name"),
             ([*here, "--synthesize", tmp_path / "photos"], "is not of --synthesize"),
             ([*here, "--data", tmp_path / "none"], "no folder"),
+            ([*here, "--data", "data/imagenet"], "no folder data/imagenet/val"),
             ([*here, "--data", "shapes"], "the teacher has 3 classes, shapes 10"),
             ([*here, "--verifier", tmp_path / "cnn10.pth"], "has 10 classes, the data 3"),
             ([*here, "--competitor", tmp_path / "vit.pth"], "must be for 16 px and 3 classes"),

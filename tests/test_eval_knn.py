@@ -322,6 +322,8 @@ def test_wrong_input_is_one_line(tmp_path, files, capsys, monkeypatch):
             ([*data, "--weights", tmp_path / "other.pth"], 2, "(eval_knn.py: --arch NAME)"),
             ([*data, "--arch", "dino_s15"], 2, "no arch dino_s15: take dino_s16"),
             ([*data, "--arch", "mugs_s16"], 2, "give its file with --weights FILE"),
+            ([*data, "--arch", "vit_t16", "--weights", "teacher/w"], 2, "no file teacher/w"),
+            ([*data, *good, "--micro-batch", 512], 2, "512 is not in [1, 256]"),
             ([*data, "--arch", files / "vitkd.pth", *good], 2, "--arch with --weights is one of"),
             ([*good, "--load-features", "x"], 2, "takes neither --weights nor --arch"),
             ([*data, *good, "--save-features", "/proc/no/f.pth"], 2, "cannot write --save-feat"),
