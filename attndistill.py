@@ -329,19 +329,14 @@ def load_teacher(name, weights=None, image_size=224):
 
 def backbone(checkpoint, left_out):
     """(the ViT's weights under their plain names, is it MoCo v3's?) out of whatever wraps them."""
-    for wrapper in ("teacher", "state_dict", "model"):
-        if isinstance(checkpoint, dict) and isinstance(checkpoint.get(wrapper), dict):
-            checkpoint = checkpoint[wrapper]
-            break
     state = checkpoint if isinstance(checkpoint, dict) else {}
-    moco = "module.base_encoder."
-    is_moco = any(str(k).startswith(moco) for k in state)
+    wrappers = [w for w in ("teacher", "state_dict", "model") if isinstance(state.get(w), dict)]
+    state = state[wrappers[0]] if wrappers else state
+    state = {str(k).removeprefix("module."): v for k, v in state.items()}
+    is_moco = any(k.startswith("base_encoder.") for k in state)
     if is_moco:
-        state = {k.removeprefix(moco): v for k, v in state.items()
-                 if not k.startswith(("module.momentum_encoder.", "module.predictor."))}
-    else:
-        state = {str(k).removeprefix("module.").removeprefix("backbone."): v
-                 for k, v in state.items()}
+        left_out += ("momentum_encoder.", "predictor.")
+    state = {k.removeprefix("base_encoder.").removeprefix("backbone."): v for k, v in state.items()}
     return {k: v for k, v in state.items() if not k.startswith(left_out)}, is_moco
 
 
@@ -353,7 +348,7 @@ def download(url):
     except (OSError, RuntimeError) as error:  # no network; another file's hash
         raise common.Abort(f"cannot download {url} ({error}); fetch it elsewhere and give it "
                            f"with --teacher-weights FILE")
-    except pickle.UnpicklingError:
+    except (EOFError, pickle.UnpicklingError):  # EOFError: an empty file
         raise common.Abort(f"what was downloaded from {url} is not a weights file: delete "
                            f"{torch.hub.get_dir()}/checkpoints/{Path(url).name}")
 
@@ -455,8 +450,7 @@ def train(args, device):
         teach = torch.compile(teach, dynamic=False)
     ddp = model
     if common.world_size() > 1:
-        ddp = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     prepared, began, record = time.perf_counter() - started, time.perf_counter(), None
 
     for epoch in range(first_epoch, args.epochs):
@@ -512,8 +506,8 @@ def visualize(args):
     if not args.weights:
         raise common.Abort("--visualize needs the student: --weights out/.../student.pth")
     size = args.image_size or common.load_export(args.weights)["arch"].get("image_size", 224)
-    vits = {"teacher": load_teacher(args.teacher, args.teacher_weights, size),
-            "student": load_teacher(args.weights, None, size)}
+    student = load_teacher(args.weights, None, size)  # first: it checks the size that it names
+    vits = {"teacher": load_teacher(args.teacher, args.teacher_weights, size), "student": student}
     transform, tile = common.val_transform(size), max(size, 160)
     tiles, captions = [], []
     for path in args.visualize:

@@ -49,7 +49,8 @@ DRY_RUN_STEPS = 20
 WORKER_TIMEOUT = 600  # seconds for a batch; a disk may hang for ever
 SCRIPT = Path(sys.argv[0]).name
 # What a resumed run may change, and one process against another: it alters nothing (--compile:
-# nothing but rounding). The content of data, val and teacher_weights is compared by checksums.
+# rounding, and which random numbers are drawn in the step). The content of data, val and
+# teacher_weights is compared by checksums.
 FREE_ON_RESUME = {"data", "data_root", "val", "teacher_weights", "out", "resume", "workers",
                   "micro_batch", "eval_every", "compile", "dry_run"}
 
@@ -135,7 +136,8 @@ def run(main):
                 stop(_signal, "together with its workers; OUT/last.pth keeps the last epoch "
                      "finished")
             if isinstance(error, torch.OutOfMemoryError):
-                raise Abort("out of GPU memory: try a smaller --micro-batch", 1, True)
+                raise Abort("out of GPU memory: try a smaller --micro-batch (with --synthesize: "
+                            "--images-per-batch)", 1, True)
             if str(error).startswith("DataLoader"):
                 raise Abort(f"the processes that read images fail, as they do when memory is short "
                             f"(try fewer --workers) or a disk hangs: {error}", 1, True)

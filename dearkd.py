@@ -501,7 +501,7 @@ def download(url):
     except (OSError, RuntimeError) as error:  # no network; another file's hash
         raise common.Abort(f"cannot download {url} ({error}); fetch it elsewhere and give it "
                            f"with --teacher-weights FILE")
-    except pickle.UnpicklingError:
+    except (EOFError, pickle.UnpicklingError):  # EOFError: an empty file
         raise common.Abort(f"what was downloaded from {url} is not a weights file: delete "
                            f"{torch.hub.get_dir()}/checkpoints/{Path(url).name}")
 
@@ -614,9 +614,8 @@ def train(args, device):
             aligners.requires_grad_(stage == 1)
             ddp = model
             if common.world_size() > 1:
-                ddp = DistributedDataParallel(
-                    model, device_ids=[device] if device.type == "cuda" else None,
-                    gradient_as_bucket_view=True)
+                ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
+                ddp.broadcast_buffers = bool(args.train_teacher)  # MHCA's are constants
         torch.manual_seed(common.mix_seed(args.seed, epoch, common.rank()))
         books = common.Epoch(loader, epoch, args, device)
         model.train()

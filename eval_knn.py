@@ -318,6 +318,7 @@ def main():
         common.say(f"k-NN, k = {k:<4d} top-1 {top1:6.2f} %  top-5 {top5:6.2f} %")
     common.say(f"votes in {time.perf_counter() - started:.1f} s")
     if args.linear:
+        torch.set_float32_matmul_precision("highest")  # no TF32, as after --load-features
         started = time.perf_counter()
         probe = linear_probe(features, num_classes, args.seed)
         common.say(f"linear probe  top-1 {probe['top1']:6.2f} %  top-5 {probe['top5']:6.2f} %  "

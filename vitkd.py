@@ -276,8 +276,9 @@ def load_teacher(name, weights=None, num_classes=1000, image_size=224):
     if name in TEACHERS:
         source = weights or RELEASES + TEACHERS[name][-1]
         state = common.load_checkpoint(weights) if weights else download(source)
-        state = state.get("model", state) if isinstance(state, dict) else {}
-        state = {k.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): v
+        state = state if isinstance(state, dict) else {}
+        state = state["model"] if isinstance(state.get("model"), dict) else state
+        state = {str(k).replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma"): v
                  for k, v in state.items()}
         arch = released_arch(name, state)
     elif Path(name).is_file():
@@ -301,8 +302,7 @@ def load_teacher(name, weights=None, num_classes=1000, image_size=224):
     if image_size % arch["patch_size"]:
         raise common.Abort(f"--image-size {image_size} is not a multiple of the teacher's patch "
                            f"size {arch['patch_size']}")
-    grid = image_size // arch["patch_size"]
-    state["pos_embed"] = resize_pos_embed(state["pos_embed"], grid)
+    state["pos_embed"] = resize_pos_embed(state["pos_embed"], image_size // arch["patch_size"])
     teacher = ViT(**{**arch, "image_size": image_size})
     teacher.load_state_dict(state)
     return teacher.requires_grad_(False).eval()
@@ -316,7 +316,7 @@ def download(url):
     except (OSError, RuntimeError) as error:  # no network; another file's hash
         raise common.Abort(f"cannot download {url} ({error}); fetch it elsewhere and give it "
                            f"with --teacher-weights FILE")
-    except pickle.UnpicklingError:
+    except (EOFError, pickle.UnpicklingError):  # EOFError: an empty file
         raise common.Abort(f"what was downloaded from {url} is not a weights file: delete "
                            f"{torch.hub.get_dir()}/checkpoints/{Path(url).name}")
 
@@ -441,8 +441,7 @@ def train(args, device):
         teach = teach and torch.compile(teach, dynamic=False)
     ddp = model
     if common.world_size() > 1:
-        ddp = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None,
-                                      gradient_as_bucket_view=True)
+        ddp = DistributedDataParallel(model, gradient_as_bucket_view=True)
     prepared, began, record = time.perf_counter() - started, time.perf_counter(), None
 
     for epoch in range(first_epoch, args.epochs):
@@ -577,7 +576,7 @@ def demo(args, device):
     args.data, args.image_size, args.patch_size, args.batch_size = "shapes", 32, 8, 50
     args.student, args.lr, args.eval_every = "micro", 1e-3, 10**9
     args.dry_run, args.resume = False, None
-    args.mixup = args.cutmix = args.label_smoothing = 0.0
+    args.mixup = args.cutmix = args.label_smoothing = args.ema = args.drop_path = 0.0
     scale = 196 * 384 / (16 * 96)  # to 16 tokens of width 96
     args.alpha, args.beta = ALPHA * scale, BETA * scale
     table = []

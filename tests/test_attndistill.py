@@ -662,6 +662,9 @@ def test_dry_run_writes_nothing(teacher, tmp_path):
 
 def test_wrong_flags_are_one_line(teacher, tmp_path, capsys, monkeypatch):
     data, weights = teacher
+    sizeless = common.load_checkpoint(weights)
+    sizeless["arch"]["image_size"] = None
+    common.save_checkpoint(tmp_path / "none.pth", **sizeless)
     here = [*SMALL, "--data", data, "--out", tmp_path / "o"]
     for arguments, message in (
             ([*here, "--teacher", "none"], "no teacher none: take dino_s16"),
@@ -674,6 +677,8 @@ def test_wrong_flags_are_one_line(teacher, tmp_path, capsys, monkeypatch):
             ([*here, "--teacher", weights, "--image-size", 15, "--patch-size", 5],
              "--image-size 15 is not a multiple of the teacher's patch size 2: take 14 or 16"),
             (["--visualize", "x.jpg", "--teacher", weights], "--visualize needs the student"),
+            (["--visualize", "x.jpg", "--teacher", weights, "--weights", tmp_path / "none.pth"],
+             "what it says of itself is no model"),
             (["--visualize", "x.jpg", "--teacher", weights, "--weights", weights],
              "cannot read the image x.jpg")):
         status, _, err = in_process(attndistill, capsys, monkeypatch, *arguments)

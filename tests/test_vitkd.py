@@ -343,6 +343,8 @@ def spoil(state, how):
         return released_state(384, 12, True)
     if how == "bare list":
         return list(state)
+    if how == "numbers":
+        return {1: torch.zeros(1), 2: torch.zeros(1)}
     return state
 
 
@@ -353,6 +355,7 @@ def spoil(state, how):
     ("NaN", r"NaN or infinite: norm\.weight"),
     ("DeiT III", r"24 unexpected: blocks\.0\.ls1\.gamma.*it fits --teacher deit3_s"),
     ("bare list", r"missing"),
+    ("numbers", r"2 unexpected: 1, 2"),
     ("classes", r"has 1000 classes, the data 10"),
 ])
 def test_weights_of_another_model(how, message, tmp_path):
@@ -361,6 +364,12 @@ def test_weights_of_another_model(how, message, tmp_path):
     with pytest.raises(common.Abort, match=message) as error:
         vitkd.load_teacher("deit_s", tmp_path / "w.pth", 10 if how == "classes" else 1000)
     assert "\n" not in str(error.value) and error.value.status == 2
+
+
+def test_a_model_that_is_no_dictionary(tmp_path):
+    torch.save({"model": "vit_small"}, tmp_path / "w.pth")
+    with pytest.raises(common.Abort, match="1 unexpected: model"):
+        vitkd.load_teacher("deit_s", tmp_path / "w.pth")
 
 
 def test_unknown_teacher_lists_the_names():
@@ -387,11 +396,12 @@ def test_download_checks_the_hash_in_the_name(monkeypatch, tmp_path, released):
     assert vitkd.load_teacher("deit3_s").head.out_features == 1000
 
 
-def test_a_login_page_in_the_cache_is_named(monkeypatch, tmp_path):
+@pytest.mark.parametrize("content", ["<html>please log in</html>" * 100, ""])
+def test_a_login_page_in_the_cache_is_named(content, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(vitkd, "RELEASES", f"file://{tmp_path}/")
     name = vitkd.TEACHERS["deit3_b"][-1]  # no hash in the name would tell
-    (tmp_path / name).write_text("<html>please log in</html>" * 100)
+    (tmp_path / name).write_text(content)
     with pytest.raises(common.Abort, match=f"not a weights file: delete .*cache/.*{name}"):
         vitkd.load_teacher("deit3_b")
 
