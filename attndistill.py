@@ -49,7 +49,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 
-import common
+import common_before as common
 import eval_knn
 
 # ------------------------------------------------------------------ the loss

@@ -74,7 +74,7 @@ from torchvision.transforms import v2
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 from tqdm import tqdm
 
-import common
+import common_before as common
 
 # ------------------------------------------------------------------ the method
 

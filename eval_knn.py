@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import distributed as dist
 from tqdm import tqdm
 
-import common
+import common_before as common
 
 KS = (10, 20, 100, 200)
 WORKSPACE = 2**28  # numbers held at once: 1 GiB

@@ -1,26 +1,15 @@
 """dearkd.py without real images: the losses of the synthesis, its images, folder and command."""
 
-import contextlib
 import functools
-import json
 import math
-import os
-import re
-import signal
-import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
-from conftest import finish, in_process, make_photos, run, start, torchrun
-from PIL import Image
 from torch import nn
-from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 
-import common
+import common_before as common
 import dearkd
 
 SMALL = ["--image-size", "16", "--images-per-class", "8", "--images-per-batch", "16", "--steps",
@@ -36,17 +25,6 @@ def small_cnn(num_classes=4, image_size=16):
             layer.running_mean.normal_()
             layer.running_var.uniform_(0.5, 2)
     return dearkd.Teacher(cnn, image_size).requires_grad_(False).eval()
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A student.pth of a CNN for 3 classes of 16 px, as --train-teacher writes it, and photos."""
-    folder = tmp_path_factory.mktemp("synthesis")
-    data = make_photos(folder / "photos", counts=(("train", 64), ("val", 13)))
-    run("dearkd.py", "--train-teacher", "cifar_resnet20", "--data", data, "--image-size", 16,
-        "--epochs", 2, "--batch-size", 16, "--lr", "1e-3", "--rand-augment", 0, "--random-erasing",
-        0, "--workers", 0, "--out", folder / "cnn")
-    return data, folder / "cnn" / "student.pth"
 
 
 # ------------------------------------------------------------------ the losses
@@ -231,27 +209,6 @@ def test_the_teacher_is_untouched_and_no_weight_gets_a_gradient():
     assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in model.modules())
 
 
-def test_synthesis_learns_its_classes_and_matches_the_statistics(teacher):
-    model, reports = dearkd.load_teacher(str(teacher[1]), num_classes=3), []
-    labels = torch.arange(12) % 3
-    images = dearkd.synthesize(model, labels, 16, steps=60, bn=0.1, report=lambda s, losses, _:
-                               reports.append({k: v.item() for k, v in losses.items()}))
-    assert reports[-1]["ce"] < 0.5 * reports[0]["ce"]
-    assert reports[-1]["bn"] < 0.5 * reports[0]["bn"]
-    assert (model(images).argmax(1) == labels).float().mean() > 0.8
-
-
-def test_divergence_spreads_the_images_of_a_class(teacher):
-    model = dearkd.load_teacher(str(teacher[1]), num_classes=3)
-    labels, spread = torch.zeros(8, dtype=torch.long), {}
-    for weight in (0.0, 100.0):
-        images = dearkd.synthesize(model, labels, 16, steps=40, bn=0.1, divergence=weight)
-        with dearkd.watch(model.cnn) as seen:
-            model(images)
-        spread[weight] = torch.pdist(F.normalize(seen.features, dim=1)).mean().item()
-    assert spread[100.0] > 1.1 * spread[0.0]
-
-
 def test_reproducible_and_seeded():
     model, labels = small_cnn(), torch.tensor([0, 1, 2, 3])
     a, b, c = (dearkd.synthesize(model, labels, 16, seed=seed, steps=2) for seed in (1, 1, 2))
@@ -292,231 +249,3 @@ def test_class_names_sort_like_the_outputs(tmp_path):
 
 
 # ------------------------------------------------------------------ the folder
-
-
-def pictures(folder):
-    return {str(file.relative_to(folder)): file.read_bytes()
-            for file in sorted((folder / "train").glob("*/*"))}
-
-
-def test_the_folder_is_training_data(teacher, tmp_path, capsys, monkeypatch):
-    data, weights = teacher
-    images = {}
-    synthesize = dearkd.synthesize
-
-    def keep(*arguments, **settings):
-        result = synthesize(*arguments, **settings)
-        images[len(images)] = result
-        return result
-
-    monkeypatch.setattr(dearkd, "synthesize", keep)
-    status, out, err = in_process(
-        dearkd, capsys, monkeypatch, "--synthesize", tmp_path / "made", "--teacher", weights,
-        "--data", data, "--verifier", weights, "--preview-every", 2, *SMALL)
-    assert status == 0, err
-    tree = ImageFolder(tmp_path / "made" / "train")
-    assert tree.classes == ["ant", "bee", "cat"] and np.bincount(tree.targets).tolist() == [8] * 3
-    # round trip: what the ordinary loader reads is what was made, within one level of 255
-    plan = dearkd.plan_batches(3, 8, 16, 0)
-    assert len(images) == len(plan) == 2
-    for i, (labels, numbers) in enumerate(plan):
-        for image, c, n in zip(images[i], labels, numbers):
-            file = tmp_path / "made" / "train" / tree.classes[c] / f"{n:05d}.png"
-            assert Image.open(file).mode == "RGB"
-            read = common.normalize(v2.functional.pil_to_tensor(common.open_rgb(file))[None],
-                                    "cpu")[0]
-            assert ((read - image) * torch.tensor(common.STD)[:, None, None]).abs().max() <= 1 / 255
-    record = json.loads((tmp_path / "made" / "synthesis.json").read_text())
-    assert record["images"] == 24 and record["images_per_second"] > 0
-    assert record["settings"]["steps"] == 3 and record["classes"] == ["ant", "bee", "cat"]
-    for kind in ("synthetic", "real"):
-        assert record[kind].keys() == {"teacher_top1", "confidence", "verifier_top1", "diversity",
-                                       "nearest"}
-        assert record[kind]["teacher_top1"] == record[kind]["verifier_top1"]
-        assert 0 < record[kind]["nearest"] <= record[kind]["diversity"] <= 2
-        assert f"{kind} images: teacher_top1" in out
-    assert record["real"]["teacher_top1"] > 60
-    assert out.index("real images") < out.index("batch 1/2") < out.index("synthetic images")
-    preview = Image.open(tmp_path / "made" / "preview.png")
-    assert preview.size == (8 * 17 + 1, 1 * 17 + 1 + 17)  # 12 images, 8 in a row, 1 px between
-    # and it trains, judged on real images
-    flags = ["--teacher", weights, "--student", "micro", "--image-size", 16, "--patch-size", 4,
-             "--epochs", 1, "--batch-size", 8, "--workers", 0]
-    status, out, err = in_process(
-        dearkd, capsys, monkeypatch, "--data", tmp_path / "made", "--val", data / "val",
-        "--out", tmp_path / "out", *flags)
-    assert status == 0, err
-    assert "top1" in out
-    status, _, err = in_process(dearkd, capsys, monkeypatch, "--data", tmp_path / "made", "--out",
-                                tmp_path / "o", *flags)
-    assert status == 2 and "or --val another folder of CLASS/*" in err
-    other = make_photos(tmp_path / "other", ("ant", "bee", "dog"), (("val", 2),))
-    status, _, err = in_process(dearkd, capsys, monkeypatch, "--data", tmp_path / "made", "--val",
-                                other, "--out", tmp_path / "o", *flags)
-    assert status == 2 and "differ: cat, dog in only one of them" in err
-
-
-def test_figures_equal_their_definitions(tmp_path):
-    model = small_cnn(3)
-    data = make_photos(tmp_path, counts=(("val", 5),))
-    base = ImageFolder(data / "val")
-    args = common.argparse.Namespace(image_size=16, workers=0)
-    found = dearkd.figures("real", base, model, None, args, torch.device("cpu"),
-                           contextlib.nullcontext)
-    assert "verifier_top1" not in found
-    transform = v2.Compose([v2.PILToTensor(),
-                            v2.Resize(16, interpolation=v2.InterpolationMode.BICUBIC),
-                            v2.CenterCrop(16)])
-    images = torch.stack([transform(common.open_rgb(path)) for path, _ in base.samples])
-    images = common.normalize(images, "cpu")
-    with torch.no_grad():
-        p = model(images).double().softmax(1)
-    labels = torch.tensor(base.targets)
-    assert found["teacher_top1"] == pytest.approx(
-        100 * (p.argmax(1) == labels).double().mean().item())
-    assert found["confidence"] == pytest.approx(
-        100 * p[torch.arange(15), labels].mean().item(), rel=1e-4)
-    with dearkd.watch(model) as seen:
-        model(images)
-    f = F.normalize(seen.features.double(), dim=1)
-    mean, nearest = [], []
-    for c in range(3):
-        d = [[(f[i] - f[j]).norm().item() for j in range(15) if j != i and labels[j] == c]
-             for i in range(15) if labels[i] == c]
-        mean.append(np.mean(d))
-        nearest.append(np.mean([min(row) for row in d]))
-    assert found["diversity"] == pytest.approx(np.mean(mean), rel=1e-3)
-    assert found["nearest"] == pytest.approx(np.mean(nearest), rel=1e-3)
-
-
-def test_two_processes_make_the_same_images_as_one(teacher, tmp_path):
-    weights = teacher[1]
-    flags = ["--teacher", weights, "--amp", "off", *SMALL]
-    run("dearkd.py", "--synthesize", tmp_path / "one", *flags)
-    run("dearkd.py", "--synthesize", tmp_path / "two", *flags, processes=2)
-    one, two = pictures(tmp_path / "one"), pictures(tmp_path / "two")
-    assert len(one) == 24 and one == two
-    assert sorted(os.listdir(tmp_path / "one" / "train")) == ["0", "1", "2"]
-    records = [json.loads((tmp_path / name / "synthesis.json").read_text())
-               for name in ("one", "two")]
-    assert records[0]["synthetic"] == pytest.approx(records[1]["synthetic"])
-
-
-def test_killed_stopped_and_started_again(teacher, tmp_path):
-    """Whatever ends it, no picture is half written; the same command goes on and ends in the same
-    images; batches that were finished are not made again."""
-    weights = teacher[1]
-    flags = ["--teacher", weights, "--amp", "off", *SMALL, "--images-per-class", 24]
-    run("dearkd.py", "--synthesize", tmp_path / "whole", *flags)
-    command = ["dearkd.py", "--synthesize", tmp_path / "made", *flags]
-    folder, kept = tmp_path / "made", {}
-    for number, enough in ((signal.SIGKILL, 1), (signal.SIGTERM, 33)):
-        process = start(*command)
-        while len(list((folder / "train").glob("*/*.png"))) < enough:
-            assert process.poll() is None, finish(process)
-            time.sleep(0.001)
-        process.send_signal(number)
-        status, _, err = finish(process)
-        assert status == (-9 if number == signal.SIGKILL else 143), err
-        if number == signal.SIGTERM:
-            assert "stopped by SIGTERM" in err and len(err.splitlines()) == 1, err
-        for file in (folder / "train").glob("*/*.png"):
-            Image.open(file).load()
-    whole = pictures(tmp_path / "whole")
-    done = [all(f"train/{c}/{n:05d}.png" in pictures(folder) for c, n in zip(*map(
-        torch.Tensor.tolist, batch))) for batch in dearkd.plan_batches(3, 24, 16, 0)]
-    assert 0 < sum(done) < len(done)
-    kept = {name: (folder / name).stat().st_mtime_ns for name in pictures(folder)}
-    out, _ = run(*command)
-    assert f"{sum(done)} of {len(done)} batches are there already" in out
-    assert pictures(folder) == whole
-    unchanged = sum((folder / name).stat().st_mtime_ns == t for name, t in kept.items()
-                    if (folder / name).exists())
-    assert unchanged >= 12 * sum(done)
-    out, _ = run(*command)  # nothing left but the figures
-    assert f"{len(done)} of {len(done)} batches are there already" in out
-
-
-def test_wrong_input_is_one_line(teacher, tmp_path, capsys, monkeypatch):
-    data, weights = teacher
-    torch.save(torchvision.models.squeezenet1_1(num_classes=3).state_dict(), tmp_path / "s.pth")
-    (tmp_path / "photos" / "train").mkdir(parents=True)
-    here = ["--synthesize", tmp_path / "made", "--teacher", weights, *SMALL]
-    vit = dearkd.ViT(32, 4, 24, 1, 3, 3)
-    arch = {"image_size": 32, "patch_size": 4, "dim": 24, "depth": 1, "num_heads": 3,
-            "num_classes": 3, "mhca_blocks": 0}
-    common.save_checkpoint(tmp_path / "vit.pth", model=vit.state_dict(), arch=arch,
-                           script="dearkd", top1=None)
-    common.save_checkpoint(tmp_path / "cnn10.pth", model=dearkd.make_cnn(
-        "cifar_resnet20", 10).state_dict(), arch={"cnn": "cifar_resnet20", "image_size": 16,
-                                                  "num_classes": 10}, script="dearkd", top1=None)
-    common.save_checkpoint(tmp_path / "cnn3.pth", model=dearkd.make_cnn(
-        "cifar_resnet20", 3).state_dict(), arch={"cnn": "cifar_resnet20", "image_size": 16,
-                                                 "num_classes": 3}, script="dearkd", top1=None)
-    assert in_process(dearkd, capsys, monkeypatch, *here)[0] == 0
-    for arguments, message in (
-            ([*here, "--images-per-class", 0], "0 is not in [1, inf)"),
-            (here[:4], "goes with a --teacher and with --images-per-class"),
-            ([*here, "--steps", 4], "images of another synthesis (steps 3 -> 4)"),
-            ([*here, "--data", data], "another synthesis (classes ['0', '1', '2'] -> ['ant', 'be"),
-            ([*here, "--teacher", tmp_path / "cnn3.pth"], "images of another synthesis (weights "),
-            ([*here, "--teacher-weights", weights], "--teacher-weights goes with a teacher's name"),
-            ([*here, "--verifier-weights", weights], "goes with a --verifier's name"),
-            ([*here, "--synthesize", tmp_path / "photos"], "is not of --synthesize"),
-            ([*here, "--data", tmp_path / "none"], "no folder"),
-            ([*here, "--data", "data/imagenet"], "no folder data/imagenet/val"),
-            ([*here, "--data", "shapes"], "the teacher has 3 classes, shapes 10"),
-            ([*here, "--verifier", tmp_path / "cnn10.pth"], "has 10 classes, the data 3"),
-            ([*here, "--competitor", tmp_path / "vit.pth"], "must be for 16 px and 3 classes"),
-            ([*here, "--competitor", weights], "is no student of dearkd.py"),
-            ([*here, "--amp", "fp16"], "take --amp bf16 or off"),
-            (["--synthesize", tmp_path / "new", "--teacher", "squeezenet1_1", "--teacher-weights",
-              tmp_path / "s.pth", *SMALL], "a teacher without BatchNorm cannot be inverted"),
-            (["--synthesize", tmp_path / "new", "--teacher", weights, *SMALL, "--image-size", 1,
-              "--half-steps", 1], "cannot take 2 images of 0 px at once")):
-        status, _, err = in_process(dearkd, capsys, monkeypatch, *arguments)
-        lines = [line for line in err.splitlines() if "warning" not in line]
-        assert status == 2 and message in err and len(lines) == 1, (arguments, err)
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_full_disk_is_one_line(teacher, tmp_path, capsys, monkeypatch):
-    def full(image, file, **_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(dearkd, "save_image", full)
-    status, _, err = in_process(dearkd, capsys, monkeypatch, "--synthesize", tmp_path / "made",
-                                "--teacher", teacher[1], *SMALL)
-    assert status == 1 and "cannot write" in err and len(err.splitlines()) == 1, err
-    assert not pictures(tmp_path / "made")
-
-
-def test_dry_run_projects_and_writes_nothing(teacher, tmp_path):
-    out, _ = run("dearkd.py", "--synthesize", tmp_path / "made", "--teacher", teacher[1], *SMALL,
-                 "--steps", 100000, "--half-steps", 100000, "--dry-run")
-    assert "2 of 2 batches are left" in out and not (tmp_path / "made").exists()
-    seconds, hours = (float(out.split(word)[0].split()[-1]) for word in (" s an image", " hours"))
-    assert hours * 3600 == pytest.approx(seconds * 24, rel=0.02) and seconds * 24 > 100
-
-
-def test_a_rank_alone_names_its_fault(teacher, tmp_path):
-    """Rank 1 cannot write its batch: it says so, though rank 0 speaks for all otherwise."""
-    flags = ["--synthesize", tmp_path / "made", "--teacher", teacher[1], *SMALL]
-    run("dearkd.py", *flags)
-    for file in (tmp_path / "made" / "train").glob("*/*.png"):
-        file.unlink()
-    label, number = (column[0].item() for column in dearkd.plan_batches(3, 8, 16, 0)[1])
-    (tmp_path / "made" / "train" / str(label) / f"{number:05d}.png").mkdir()
-    _, err = run(*torchrun(2, "dearkd.py", *flags), status=1)
-    assert "dearkd.py: error: cannot write " in err and "Error" not in err.split(
-        "cannot write")[0]
-
-
-@pytest.mark.slow
-def test_demo_without_data_prints_its_table():
-    out, _ = run("dearkd.py", "--demo-data-free", timeout=1500)
-    table = out.splitlines()[-4:]
-    assert [re.split("diversity|top-1", line)[0].strip() for line in table] == [
-        "CNN", "student, noise", "student, DeepInversion", "student, DF-DearKD"]
-    top1 = [float(line.split("top-1")[1].split("%")[0]) for line in table]
-    assert top1[0] > 90 and top1[2] > top1[1] + 5 and top1[3] > top1[1] + 5
