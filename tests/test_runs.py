@@ -188,6 +188,17 @@ def test_learning_shows_and_a_truncated_image_does_no_harm(photos, tmp_path):
     assert records(tmp_path / "run")[-1]["top1"] > 60  # three tints are easy
 
 
+def test_each_epoch_has_a_new_order_and_new_crops(tmp_path, monkeypatch):
+    seen, forward = [], vitkd.Distillation.forward
+    monkeypatch.setattr(vitkd.Distillation, "forward", lambda self, x, y, features: (
+        seen.append((x, y)), forward(self, x, y, features))[1])
+    main("vitkd", *flags("vitkd", "none", tmp_path))
+    labels = [torch.cat([y for _, y in epoch]) for epoch in (seen[:10], seen[10:])]
+    pixels = [sum(x.double().sum() for x, _ in epoch) for epoch in (seen[:10], seen[10:])]
+    assert torch.equal(labels[0].bincount(), labels[1].bincount())  # the same images
+    assert not torch.equal(*labels) and abs(pixels[0] - pixels[1]) > 1
+
+
 def test_full_recipe_with_mixing_and_every_precision(teacher, tmp_path):
     for amp in ("bf16", "fp16"):
         main("vitkd", *flags("vitkd", teacher, tmp_path / amp, "--amp", amp, "--mixup", 0.8,
