@@ -17,7 +17,6 @@ import torch
 from torch import distributed as dist
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import datasets
-from torchvision.io import decode_image
 from torchvision.transforms import InterpolationMode, v2
 
 # ImageNet's mean and standard deviation, for every data set: released teachers expect them.
@@ -26,7 +25,6 @@ LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # this process's number on 
 WORKERS = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 MAY_DIFFER = ("data", "val", "init", "teacher_weights", "workers", "accum", "compile", "out",
               "resume", "eval_every")  # settings that may change when a run is resumed
-read_rgb = functools.partial(decode_image, mode="RGB")  # JPEG, PNG, WebP: PIL's bits, but faster
 
 # ------------------------------------------------------------------ processes
 
@@ -98,7 +96,7 @@ def train_transform(image_size, scale=(0.08, 1.0), rand_augment=0, random_erasin
 
 def val_transform(image_size):
     """Return the test transform: short side to 256/224 of S bicubic, centre crop, normalise."""
-    return v2.Compose([v2.PILToTensor(),  # CIFAR's are PIL images, read_rgb's are tensors already
+    return v2.Compose([v2.PILToTensor(),
                        v2.Resize(round(image_size * 256 / 224), InterpolationMode.BICUBIC),
                        v2.CenterCrop(image_size),
                        v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
@@ -176,8 +174,8 @@ def load_data(args, transform):
                 dist.barrier()
             train, val = (cifar("data", split) for split in (True, False))
         else:
-            train = datasets.ImageFolder(Path(args.data) / "train", loader=read_rgb)
-            val = datasets.ImageFolder(args.val or Path(args.data) / "val", loader=read_rgb)
+            train = datasets.ImageFolder(Path(args.data) / "train")
+            val = datasets.ImageFolder(args.val or Path(args.data) / "val")
     except (OSError, RuntimeError) as error:
         fail(f"--data {args.data}: {error}. It must be a folder that holds train/CLASS/* and "
              f"val/CLASS/* (or --val another folder of CLASS/*), or cifar10, cifar100, shapes")

@@ -109,16 +109,6 @@ def test_unreadable_images_are_named_and_replaced(tmp_path):
     assert red == [0, 1, 4, 4, 4, 5] and len(seen) == 3  # 2; 3 for its sake; 3
 
 
-def test_images_are_read_as_pil_reads_them(tmp_path):
-    grey = Image.fromarray(np.random.default_rng(0).integers(0, 255, (30, 40), np.uint8))
-    colour = Image.merge("RGB", [grey, grey.rotate(90), grey.rotate(180)])
-    for mode, name in (("RGB", "x.jpg"), ("CMYK", "c.jpg"), ("L", "g.jpg"), ("P", "p.png"),
-                       ("RGBA", "a.png"), ("RGB", "w.webp")):
-        colour.convert(mode).save(tmp_path / name)
-        expected = v2.functional.pil_to_tensor(Image.open(tmp_path / name).convert("RGB"))
-        assert torch.equal(common.read_rgb(tmp_path / name), expected), name
-
-
 def test_transforms_have_the_recipes_form():
     image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 40, 3), np.uint8))
     transform = common.val_transform(28)
