@@ -442,7 +442,7 @@ def visualize(args, device):
     size, tiles = args.image_size, []
     try:
         vits = [load_teacher(args.teacher, args.teacher_weights, size).to(device),
-                load_teacher(args.weights or f"{args.out}/student.pth", None, size).to(device)]
+                load_teacher(f"{args.out}/student.pth", None, size).to(device)]
         for path in args.visualize:
             image = common.val_transform(size)(datasets.folder.default_loader(path)).to(device)
             tiles.append(image)                                             # (3, S, S)
@@ -451,7 +451,6 @@ def visualize(args, device):
                 g = math.isqrt(attn.shape[1])
                 maps = torch.cat([attn.mean(0, keepdim=True), attn]).view(-1, 1, g, g)
                 tiles += F.interpolate(maps, (size, size)).expand(-1, 3, -1, -1)
-        Path(args.out).mkdir(parents=True, exist_ok=True)
         save_image(tiles, f"{args.out}/attention.png", nrow=len(tiles) // len(args.visualize),
                    normalize=True, scale_each=True)
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -499,8 +498,7 @@ def parse_args(argv=None):
     flag("--resume", action="store_true", help="continue the run in --out, if there is one")
     flag("--eval-every", type=int, default=20, help="epochs between k-NN evaluations (%(default)s)")
     flag("--demo", action="store_true", help="a small teacher, students with and without guidance")
-    flag("--visualize", nargs="+", metavar="IMAGE", help="only draw attention, to attention.png")
-    flag("--weights", metavar="FILE", help="the student to draw (student.pth in --out)")
+    flag("--visualize", nargs="+", metavar="IMAGE", help="draw attention of the student in --out")
     args = parser.parse_args(argv)
 
     common.check_args(args, {})
@@ -509,21 +507,24 @@ def parse_args(argv=None):
 
 
 def train_with_labels(args, device):
-    """Train the demo's teacher, which is wider than the student; save it to args.teacher."""
+    """Train the demo's teacher, a ViT of the student's size, and save it to args.teacher."""
     autocast, _ = common.precision(args.amp, device)
     train_set, _, _ = load_data(args, common.train_transform(32, (args.crop_scale, 1.0)))
-    loader = common.make_loader(train_set, args, train=True)
+    loader, epochs = common.make_loader(train_set, args, train=True), 30
     torch.manual_seed(args.seed)
-    arch = {"dim": 144, "depth": 6, "num_heads": 3, "patch_size": 8}
+    arch = {**SIZES["micro"], "patch_size": 8}
     vit = ViT(**arch, image_size=32, num_classes=10).to(device)
-    optimizer = torch.optim.AdamW(vit.parameters(), args.lr / 2, fused=True)
-    for epoch in range(20):
+    optimizer = torch.optim.AdamW(vit.parameters(), fused=True)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, epochs * len(loader))
+    for epoch in range(epochs):
+        loader.sampler.set_epoch(epoch)
         train_set.epoch.fill_(epoch)
         for images, target in loader:
             with autocast():
                 loss = F.cross_entropy(vit(images.to(device)), target.to(device))
             loss.backward()
             optimizer.step()
+            schedule.step()
             optimizer.zero_grad()
     common.save_checkpoint(args.teacher, model=vit.state_dict(), arch=arch)
 

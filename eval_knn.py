@@ -182,7 +182,7 @@ def parse_args(argv=None):
     flag("--arch", help="a teacher's name in attndistill.py; without --weights it is downloaded")
     flag("--data", default="data/imagenet", help="folder, cifar10, cifar100, shapes (%(default)s)")
     flag("--val", help="another folder of CLASS/* with validation images")
-    flag("--data-fraction", type=float, default=1.0, help="part of each training class (%(default)s)")
+    flag("--data-fraction", type=float, default=1.0, help="part of each class (%(default)s)")
     flag("--image-size", type=int, help="in pixels (the weights' own; with --arch 224)")
     flag("--workers", type=int, default=common.WORKERS, help="data processes per GPU (%(default)s)")
     flag("--batch-size", type=int, default=256, help="images per forward pass in all (%(default)s)")

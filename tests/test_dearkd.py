@@ -62,25 +62,6 @@ def test_position_term_in_closed_form():
                 assert term[h, 2 + i, 2 + j].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_dropout_strikes_whole_offsets_and_rests_in_eval():
-    attention = dearkd.ConvAttention(12, 3, 5, 1, pos_dropout=0.5)
-    torch.nn.init.constant_(attention.pos_weight, 1.7)
-    full = attention.eval().position_term()[:, 1:, 1:]
-    assert torch.equal(full, attention.position_term()[:, 1:, 1:])
-    term, dropped = attention.train().position_term()[:, 1:, 1:], {}
-    for h in range(3):
-        for i in range(25):
-            for j in range(25):
-                if full[h, i, j] == 0:
-                    continue
-                key = h, j // 5 - i // 5, j % 5 - i % 5
-                ratio = round((term[h, i, j] / full[h, i, j]).item(), 4)
-                assert ratio in (0, 2) and dropped.setdefault(key, ratio) == ratio
-    assert 0.3 < np.mean([ratio == 0 for ratio in dropped.values()]) < 0.7
-    gradient, = torch.autograd.grad(attention.position_term().sum(), attention.pos_weight)
-    assert gradient.isfinite().all() and gradient.abs().sum() > 0
-
-
 def test_the_term_is_built_once_a_forward_and_goes_through_sdpa(monkeypatch):
     """On all devices but the CPU; here one without memory."""
     model, calls, masks = dearkd.ViT(16, 4, 24, 3, 3, 5, mhca_blocks=2).to("meta"), [], []
@@ -165,18 +146,6 @@ def released(tmp_path, name="resnet18", classes=1000):
     return cnn.eval(), tmp_path / f"{name}.pth"
 
 
-def test_googlenets_own_input_transform_and_extra_heads(tmp_path):
-    """Its released weights come with three heads, and normalise the images once more."""
-    cnn = torchvision.models.googlenet(init_weights=False, transform_input=True).eval()
-    torch.save({f"module.{k}": v for k, v in cnn.state_dict().items()}, tmp_path / "g.pth")
-    images = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        maps, logits = dearkd.load_teacher("googlenet", tmp_path / "g.pth").features(images)
-        assert torch.allclose(logits, cnn(images), atol=1e-4)
-        first = cnn.conv1(cnn._transform_input(images))  # random weights: the logits hardly differ
-        assert torch.allclose(maps[0], first, atol=1e-4)
-
-
 def test_wrong_teachers_are_one_line(tmp_path, monkeypatch):
     _, path = released(tmp_path)
     state = torch.load(path)
@@ -221,28 +190,6 @@ def test_hints_are_read_and_checked():
 
 SMALL = ["--student", "micro", "--image-size", "16", "--patch-size", "4", "--workers", "2",
          "--batch-size", "16", "--lr", "1e-3", "--rand-augment", "0", "--random-erasing", "0"]
-
-
-def test_files_of_other_torchvision_versions(tmp_path):
-    """DenseNet's released names, MNASNet's version number, and no BatchNorm counter."""
-    cnn = torchvision.models.densenet121().eval()
-    old = {k.replace("norm1", "norm.1").replace("conv1.", "conv.1.").replace("norm2", "norm.2")
-           .replace("conv2.", "conv.2.") if "denselayer" in k else k: v
-           for k, v in cnn.state_dict().items() if not k.endswith("num_batches_tracked")}
-    assert "features.denseblock1.denselayer1.norm.1.weight" in old
-    torch.save(old, tmp_path / "d.pth")
-    images = torch.randn(1, 3, 224, 224)
-    with torch.no_grad():
-        assert torch.allclose(dearkd.load_teacher("densenet121", tmp_path / "d.pth")(images),
-                              cnn(images), atol=1e-4)
-    _, path = released(tmp_path, "mnasnet0_5")
-    assert len(dearkd.load_teacher("mnasnet0_5", path).stages) == 5
-
-
-def test_stages_only_shrink():
-    """At 32 px VGG's pooling enlarges its last map of one pixel to 7 x 7: that is no stage."""
-    stages = dearkd.Teacher(dearkd.make_cnn("vgg11", 10).eval(), 32).stages
-    assert [size for _, _, size in stages] == [32, 16, 8, 4, 2]
 
 
 def test_gradients_of_both_stages():

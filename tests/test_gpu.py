@@ -12,6 +12,7 @@ from conftest import run
 from test_runs import SCRIPTS, flags, main, records, student
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import attndistill
 import common
 import vitkd
 
@@ -24,7 +25,16 @@ def vitkd_step():
     return model, teacher, "features", lambda guide: (torch.rand(4, 1000, device="cuda"), guide)
 
 
-@pytest.mark.parametrize("build", [vitkd_step])
+def attndistill_step():
+    """The same of attndistill.py; the teacher has what DINOv3's have."""
+    student = attndistill.ViT(32, 8, **attndistill.SIZES["micro"], num_classes=0)
+    teacher = attndistill.ViT(32, 4, **attndistill.SIZES["vit_t"], num_classes=0, num_registers=4,
+                              rope=True, eps=1e-5)
+    model = attndistill.Distillation(student, attndistill.projector(96, 192), 0.1)
+    return model, teacher, "class_token_and_attention", lambda guide: (guide,)
+
+
+@pytest.mark.parametrize("build", [vitkd_step, attndistill_step])
 def test_a_step_on_fake_cuda_tensors(build):
     model, guide, method, inputs = build()
     guide.requires_grad_(False).eval()

@@ -182,7 +182,7 @@ def test_init_starts_from_a_student_at_any_size_with_a_new_head(photos, teacher,
         assert len(tuned["head.bias"]) == (3 if data == photos else 10)
         kept_head = torch.allclose(tuned["head.weight"][:3], weights["head.weight"][:3], atol=1e-7)
         assert kept_head == (state is weights and data == "shapes")
-    with pytest.raises(SystemExit, match="Error.s. in loading state_dict for ViT"):  # another architecture
+    with pytest.raises(SystemExit, match="Error.s. in loading state_dict for ViT"):
         main("vitkd", *flags("vitkd", "none", tmp_path / "x", "--init", teacher))
 
 
