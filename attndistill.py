@@ -11,11 +11,11 @@ which patches the knowledge came from. Therefore
   - attention guidance: the student's class token must attend to the patches in the last block as
     the teacher's does. The two may differ in patch grid and number of heads.
 
-ViT-S/16 <- DINO's ViT-S/8 (a pair of the paper), photos in any folder, and a demo for a laptop:
+ViT-S/16 <- DINO's ViT-S/8 (a pair of the paper), and a demo for a laptop:
     torchrun --nproc_per_node 8 attndistill.py --teacher dino_s8 --student vit_s
-    python attndistill.py --data my/photos --teacher dinov2_s14_reg --student vit_t
     python attndistill.py --demo
-Measured: (to be filled)
+Measured: gain of guidance in the demo over seeds 0 to 4 5.9 points of k-NN top-1, deviation 1.5
+(37.3 to 43.3 %; one AMD EPYC core, bf16, 2026-11-25; tests/evidence/demo_attndistill_5seeds.log).
 """
 
 import argparse
@@ -25,6 +25,7 @@ import time
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -130,7 +131,7 @@ class Attention(nn.Module):
         q = F.linear(x[:, 0], w[:D], b[:D]).view(B, self.num_heads, 1, -1)  # (B, H, 1, D/H)
         kv = F.linear(x, w[D:], b[D:]).view(B, N, 2, self.num_heads, -1)
         k, v = kv.permute(2, 0, 3, 1, 4)                                    # (B, H, N, D/H) each
-        # The loss compares these probabilities. A product and a sum are float32 under autocast, too
+        # The loss compares these. A matrix product would be bf16 under autocast, this is float32
         attn = ((q.float() * rope(k)).sum(-1) / math.sqrt(q.shape[-1])).softmax(-1)  # (B, H, N)
         return self.proj((attn[:, :, None].to(v.dtype) @ v).view(B, D)), attn
 
@@ -218,10 +219,8 @@ def load_weights(vit, state):
 # ------------------------------------------------------------------ the teacher
 
 TEACHERS = {  # name: (size, patch size, file to download or None)
-    "dino_s16": ("vit_s", 16, "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"),
-    "dino_s8": ("vit_s", 8, "dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth"),
-    "dino_b16": ("vit_b", 16, "dino/dino_vitbase16_pretrain/dino_vitbase16_pretrain.pth"),
-    "dino_b8": ("vit_b", 8, "dino/dino_vitbase8_pretrain/dino_vitbase8_pretrain.pth"),
+    **{f"dino_{s}{p}": (f"vit_{s}", p, f"dino/dino_{x}{p}_pretrain/dino_{x}{p}_pretrain.pth")
+       for s, x in (("s", "deitsmall"), ("b", "vitbase")) for p in (16, 8)},
     **{f"dinov2_{s}14{reg}": (
         f"vit_{s}", 14, f"dinov2/dinov2_vit{s}14/dinov2_vit{s}14{reg and '_reg4'}_pretrain.pth")
        for reg in ("", "_reg") for s in "sbl"},
@@ -269,6 +268,7 @@ def load_teacher(name, weights=None, image_size=224):
         if key.startswith("base_encoder."):
             arch["num_heads"] = max(12, arch["num_heads"])  # MoCo v3's ViT-S has 12 heads
         key = key.removeprefix("base_encoder.").removeprefix("backbone.")
+        key = key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")  # DeiT III
         if not key.startswith(LEFT_OUT):
             state[key] = value
 
@@ -305,7 +305,7 @@ def load_data(args, transform):
         return common.load_data(args, transform)
     base = AnyFolder(args.data, allow_empty=True)
     common.say(f"{len(base)} images below {args.data}, which has no val/: no k-NN")
-    kept = torch.linspace(0, len(base) - 1, round(args.data_fraction * len(base))).long()
+    kept = np.linspace(0, len(base) - 1, round(args.data_fraction * len(base))).astype(int)
     return common.Images(base, kept, transform, args.seed), None, None
 
 
@@ -328,7 +328,7 @@ class Distillation(nn.Module):
 
 def train(args, device):
     """Train args.student with args.teacher. Return the last epoch's record."""
-    autocast, scaler = common.precision(args.amp, device)
+    autocast, scaler = common.precision(args, device)
 
     # ---- data: each process loads its part of a batch ----
     transform = common.train_transform(args.image_size, (args.crop_scale, 1.0))
@@ -355,9 +355,11 @@ def train(args, device):
     project = projector(arch["dim"], teacher.cls_token.shape[-1])
     model = Distillation(student, project, args.lambda_a).to(device)
 
-    # ---- optimiser and resume ----
+    # ---- optimiser ----
     groups = common.parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
+
+    # ---- resume ----
     resumed = {"model": model, "optimizer": optimizer, "scaler": scaler}
     checkpoint, log = common.open_run(args), []  # log: one record an epoch
     if checkpoint:
@@ -373,8 +375,7 @@ def train(args, device):
     skipped = []  # for each step: was it skipped?
 
     for epoch in range(len(log), args.epochs):
-        # Seed: a resumed run draws the same random numbers as an uninterrupted one
-        torch.manual_seed(hash((args.seed, epoch, common.rank())))
+        # Seed: order and crops depend on the epoch's number, also in a resumed run
         loader.sampler.set_epoch(epoch)
         train_set.epoch.fill_(epoch)  # a tensor that the workers share
         model.train()
@@ -417,6 +418,8 @@ def train(args, device):
                   "images_per_second": len(loader) * args.batch_size / (time.time() - started)}
         if val_set and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
             record["knn20"] = knn_top1(student)
+        if val_set and epoch + 1 == args.epochs:
+            record["teacher_knn20"] = knn_top1(teacher)
         log.append({**record, "seconds": time.time() - started})
         common.log_epoch(args, log)
 
@@ -426,9 +429,6 @@ def train(args, device):
                                    arch=arch, script="attndistill")
             states = {name: part.state_dict() for name, part in resumed.items()}
             common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=vars(args))
-
-    if val_set:
-        common.say(f"teacher {args.teacher}: k-NN top-1 {knn_top1(teacher):.1f} %")
     return log[-1]
 
 
@@ -506,17 +506,17 @@ def parse_args(argv=None):
     return args
 
 
-def train_with_labels(args, device):
-    """Train the demo's teacher, a ViT of the student's size, and save it to args.teacher."""
-    autocast, _ = common.precision(args.amp, device)
+def train_with_labels(path, args, device):
+    """Train the demo's teacher by cross-entropy on the class token and save it."""
+    autocast, _ = common.precision(args, device)
     train_set, _, _ = load_data(args, common.train_transform(32, (args.crop_scale, 1.0)))
-    loader, epochs = common.make_loader(train_set, args, train=True), 30
+    loader = common.make_loader(train_set, args, train=True)
     torch.manual_seed(args.seed)
-    arch = {**SIZES["micro"], "patch_size": 8}
+    arch = {**SIZES["micro"], "patch_size": args.patch_size}
     vit = ViT(**arch, image_size=32, num_classes=10).to(device)
     optimizer = torch.optim.AdamW(vit.parameters(), fused=True)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, epochs * len(loader))
-    for epoch in range(epochs):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, 30 * len(loader))
+    for epoch in range(30):
         loader.sampler.set_epoch(epoch)
         train_set.epoch.fill_(epoch)
         for images, target in loader:
@@ -524,27 +524,27 @@ def train_with_labels(args, device):
                 loss = F.cross_entropy(vit(images.to(device)), target.to(device))
             loss.backward()
             optimizer.step()
-            schedule.step()
             optimizer.zero_grad()
-    common.save_checkpoint(args.teacher, model=vit.state_dict(), arch=arch)
+            schedule.step()
+    common.save_checkpoint(path, model=vit.state_dict(), arch=arch)
 
 
 def demo(args, device):
     """Train a teacher, a student without and one with guidance; print their k-NN on shapes."""
     if common.world_size() > 1:
         common.fail("--demo runs in one process, without torchrun")
-    common.say("self-supervision takes hours: this teacher is trained with labels, no student is")
     flags = ("--data shapes --image-size 32 --patch-size 8 --student micro --batch-size 50 "
              "--lr 1e-3 --crop-scale 0.5 --epochs 8 --eval-every 1000 "
              f"--workers {args.workers} --seed {args.seed}")
+    common.say("The teacher is trained with labels: self-supervision would take hours")
     table = []
     with tempfile.TemporaryDirectory() as out:
+        train_with_labels(f"{out}/teacher.pth", parse_args(flags.split()), device)
         for name, lambda_a in (("alignment", 0), ("alignment + guidance", args.lambda_a)):
-            run = parse_args(f"{flags} --lambda-a {lambda_a} --teacher {out}/teacher.pth "
-                             f"--out {out}/{len(table)}".split())
-            if not table:
-                train_with_labels(run, device)
-            table.append(f"student, {name:20s} k-NN top-1 {train(run, device)['knn20']:5.1f} %")
+            more = f"--teacher {out}/teacher.pth --lambda-a {lambda_a} --out {out}/{lambda_a}"
+            record = train(parse_args(f"{flags} {more}".split()), device)
+            table.append(f"student, {name:21s} k-NN top-1 {record['knn20']:5.1f} %")
+    table.insert(0, f"teacher, with labels           k-NN top-1 {record['teacher_knn20']:5.1f} %")
     common.say("\n" + "\n".join(table))
 
 

@@ -208,11 +208,11 @@ def make_loader(dataset, args, train):
 # ------------------------------------------------------------------ precision and schedule
 
 
-def precision(amp, device):
+def precision(args, device):
     """Return (autocast, scaler): what makes the context of a forward pass, and a GradScaler.
 
-    amp: bf16, fp16, off, or None, which is bf16 where the device multiplies it natively, else fp16
-    on a GPU and off on a CPU. Prints what the run uses, so that a missing GPU is seen at once.
+    args.amp None becomes bf16 where the device multiplies it natively, else fp16 on a GPU and off
+    on a CPU. Prints what the run uses, so that a missing GPU is seen at once.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -226,7 +226,7 @@ def precision(amp, device):
         # hold for CPUs, too, and choose the kernel that multiplies matrices in bf16.
         torch.backends.cuda.enable_flash_sdp(False)
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    amp = amp or native
+    amp = args.amp = args.amp or native
     say(f"{name}, {world_size()} process(es), amp {amp}, torch {torch.__version__}")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
     autocast = functools.partial(torch.autocast, device.type, dtype, enabled=amp != "off")

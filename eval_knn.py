@@ -161,8 +161,8 @@ def load_model(args):
         args.image_size = args.image_size or 224
         import attndistill
         return attndistill.load_teacher(args.arch, args.weights, args.image_size)
-    saved = common.load_checkpoint(args.weights)
-    if saved.get("script") not in ("attndistill", "vitkd", "dearkd"):
+    saved = common.load_checkpoint(args.weights or "--weights (or --arch)")
+    if saved.get("script") not in ("attndistill", "vitkd"):
         raise ValueError(f"{args.weights} is no student.pth; released weights need --arch")
     script, arch = importlib.import_module(saved["script"]), saved["arch"]
     args.image_size = args.image_size or arch["image_size"]
@@ -201,7 +201,7 @@ def main(argv=None):
     args.patch_size = model.patch_embed["proj"].kernel_size[0]
     common.check_args(args, {})
     train_set, test_set, num_classes = common.load_data(args, common.val_transform(args.image_size))
-    autocast, _ = common.precision(args.amp, device)
+    autocast, _ = common.precision(args, device)
     train = extract_features(model, train_set, args, device, autocast, gather=True)
     test = extract_features(model, test_set, args, device, autocast, gather=False)
     common.say(f"{len(train_set)} training and {len(test_set)} validation images of {num_classes} "

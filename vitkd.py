@@ -13,7 +13,7 @@ The first blocks of teacher and student have similar attention maps, the last do
 DeiT-T <- DeiT III-S on ImageNet-1k, 74.42 -> 77.78 % top-1 (paper), and a demo for a laptop:
     torchrun --nproc_per_node 8 vitkd.py --data data/imagenet --teacher deit3_s --student deit_t
     python vitkd.py --demo
-Measured: gain of the demo over seeds 0 to 4 18.7 points of top-1, deviation 0.9 (27.5 to 46.2 %;
+Measured: gain of the demo over seeds 0 to 4 18.7 points of top-1, deviation 1.0 (27.5 to 46.2 %;
 one AMD EPYC core, bf16, 2026-11-25; tests/evidence/demo_vitkd.log).
 """
 
@@ -266,7 +266,7 @@ class Distillation(nn.Module):
 
 def train(args, device):
     """Train args.student, with args.teacher or alone. Return the last epoch's record."""
-    autocast, scaler = common.precision(args.amp, device)
+    autocast, scaler = common.precision(args, device)
 
     # ---- data: each process loads its part of a batch ----
     transform = common.train_transform(args.image_size, (args.crop_scale, 1.0),

@@ -194,7 +194,7 @@ def test_wrong_input_is_one_line(tmp_path, weights, photos):
     common.save_checkpoint(tmp_path / "part.pth", **saved)
     data, good = ["--data", photos, "--workers", 0], ["--weights", weights / "attndistill.pth"]
     for words, message in (
-            (data, "None is missing"),
+            (data, "--weights .or --arch. is missing"),
             ([*data, "--weights", tmp_path / "no.pth"], "no.pth is missing, damaged"),
             ([*data, "--weights", tmp_path / "other.pth"], "no student.pth; released weights need"),
             ([*data, "--weights", tmp_path / "part.pth"], 'Missing key.*"norm.bias"'),
