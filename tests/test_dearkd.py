@@ -1,12 +1,8 @@
 """dearkd.py: convolution by attention, aligner and hints, CNN teachers, the two stages."""
 
-import math
-
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import torchvision
 
 import common_before as common
 import dearkd
@@ -62,20 +58,6 @@ def test_position_term_in_closed_form():
                 assert term[h, 2 + i, 2 + j].item() == pytest.approx(expected, abs=1e-5)
 
 
-def test_the_term_is_built_once_a_forward_and_goes_through_sdpa(monkeypatch):
-    """On all devices but the CPU; here one without memory."""
-    model, calls, masks = dearkd.ViT(16, 4, 24, 3, 3, 5, mhca_blocks=2).to("meta"), [], []
-    build, sdpa = dearkd.ConvAttention.position_term, F.scaled_dot_product_attention
-    monkeypatch.setattr(dearkd.ConvAttention, "position_term",
-                        lambda self: calls.append(1) or build(self))
-    monkeypatch.setattr(F, "scaled_dot_product_attention",
-                        lambda q, k, v, m=None: masks.append(m) or sdpa(q, k, v, m))
-    model(torch.randn(7, 3, 16, 16, device="meta"))
-    assert len(calls) == 2  # blocks with MHCA, not images
-    assert [mask is not None for mask in masks] == [True, True, False]
-    assert masks[0].shape == (3, 18, 18)
-
-
 # ------------------------------------------------------------------ aligner, hints, the ViT
 
 
@@ -109,87 +91,7 @@ def test_vit_gives_a_pair_in_training_and_the_mean_in_eval():
         model(torch.randn(1, 3, 20, 20))
 
 
-def test_attention_distance_in_closed_form():
-    model = dearkd.ViT(20, 4, 18, 2, 9, 5, mhca_blocks=1).eval()
-    for block in model.blocks:
-        block.attn.qkv.weight.data.zero_()
-    model.blocks[0].attn.pos_weight.data *= 1e3  # exact shifts: distance 0, 1 or sqrt 2, inside
-    distance = dearkd.attention_distance(model, torch.randn(3, 3, 20, 20))
-    assert distance.shape == (2, 9) and distance[0, 0] < 1e-6
-    place = np.array([(i, j) for i in range(5) for j in range(5)])
-    apart = np.sqrt(((place[:, None] - place[None])**2).sum(-1))
-    assert torch.allclose(distance[1], torch.tensor(apart.mean()))  # uniform attention
-    # a shift by one row: the last row has no such neighbour and looks at itself, nearest to it
-    assert distance[0, 1:5].tolist() == pytest.approx([0.8] * 4)
-    assert not model.training
-
-
 # ------------------------------------------------------------------ the teacher
-
-
-CNNS = {  # name: (channels, height) of the stages at 224 px
-    "resnet18": [(64, 112), (64, 56), (128, 28), (256, 14), (512, 7)],
-    "resnet50": [(64, 112), (256, 56), (512, 28), (1024, 14), (2048, 7)],
-    "regnet_y_400mf": [(32, 112), (48, 56), (104, 28), (208, 14), (440, 7)],
-    "mobilenet_v2": [(96, 112), (144, 56), (192, 28), (576, 14), (1280, 7)],
-    "googlenet": [(64, 112), (192, 56), (480, 28), (832, 14), (1024, 7)]}
-
-
-def smallest(name):
-    torch.manual_seed(0)
-    return dearkd.make_cnn(name, 10)
-
-
-def released(tmp_path, name="resnet18", classes=1000):
-    cnn = torchvision.models.get_model(name, num_classes=classes)
-    torch.save(cnn.state_dict(), tmp_path / f"{name}.pth")
-    return cnn.eval(), tmp_path / f"{name}.pth"
-
-
-def test_wrong_teachers_are_one_line(tmp_path, monkeypatch):
-    _, path = released(tmp_path)
-    state = torch.load(path)
-    torch.save({k: v for k, v in state.items() if "layer4" not in k}, tmp_path / "cut.pth")
-    state["bn1.weight"][0] = math.nan
-    torch.save(state, tmp_path / "nan.pth")
-    torch.save({"model": 1}, tmp_path / "other.pth")
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
-    monkeypatch.setattr(dearkd, "download", lambda url: (_ for _ in ()).throw(
-        common.Abort(f"cannot download {url}")))
-    for arguments, message in (
-            (("resnet19",), r"no CNN resnet19 in torchvision: did you mean .*resnet1"),
-            (("vit_b_16",), "no CNN vit_b_16"),
-            (("cifar_resnet20",), "cannot be downloaded.*--train-teacher cifar_resnet20"),
-            (("resnet18", path, 10), "has 1000 classes, the data 10"),
-            (("resnet34", path), r"does not hold a resnet34: \d+ missing"),
-            (("resnet18", tmp_path / "cut.pth"), r"\d+ missing: layer4\.0\.bn1\.bias"),
-            (("resnet18", tmp_path / "nan.pth"), r"NaN or infinite: bn1\.weight"),
-            (("resnet18", tmp_path / "no.pth"), "no file"),
-            ((str(tmp_path / "other.pth"),), "no student.pth of this project"),
-            (("regnet_y_16gf",), r"cannot download https://download\.pytorch\.org/.*_16gf")):
-        with pytest.raises(common.Abort, match=message) as error:
-            dearkd.load_teacher(*arguments)
-        assert "\n" not in str(error.value) and error.value.status == 2
-
-
-def test_hints_are_read_and_checked():
-    stages = [("a", 16, 32), ("b", 32, 16), ("c", 64, 8)]
-    assert dearkd.parse_hints("1:2,3:-1", 6, stages, 8) == [(1, 2), (3, 3)]
-    assert dearkd.parse_hints("none", 6, stages, 8) == []
-    assert [dearkd.parse_hints("auto", 6, stages, grid) for grid in (8, 14, 16, 40, 3)] == [
-        [(1, 2), (3, 3)], [(1, 2), (3, 3)], [(1, 1), (3, 2)], [(1, 1), (3, 1)], [(1, 2), (3, 3)]]
-    for text, message in (("6:1", "blocks 0 to 5"), ("-1:1", "blocks 0 to 5"),
-                          ("1:4", r"stages 1 \(16 x 32 x 32\), 2 .*, 3 \(64 x 8 x 8\)"),
-                          ("1:0", "stages 1"), ("1:-4", "stages 1"), ("1", "not block:stage"),
-                          ("a:b", "a:b is not block:stage"), ("1:2,", "not block:stage")):
-        with pytest.raises(common.Abort, match=message):
-            dearkd.parse_hints(text, 6, stages, 8)
-
-
-# ------------------------------------------------------------------ runs
-
-SMALL = ["--student", "micro", "--image-size", "16", "--patch-size", "4", "--workers", "2",
-         "--batch-size", "16", "--lr", "1e-3", "--rand-augment", "0", "--random-erasing", "0"]
 
 
 def test_gradients_of_both_stages():

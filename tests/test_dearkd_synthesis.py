@@ -12,10 +12,6 @@ from torch import nn
 import common_before as common
 import dearkd
 
-SMALL = ["--image-size", "16", "--images-per-class", "8", "--images-per-batch", "16", "--steps",
-         "3", "--workers", "0"]
-
-
 def small_cnn(num_classes=4, image_size=16):
     """A teacher whose BatchNorms have statistics that are not those of a new layer."""
     torch.manual_seed(3)
@@ -202,28 +198,6 @@ def test_reproducible_and_seeded():
     assert torch.equal(a, b) and (a - c).abs().mean() > 0.1
     with pytest.raises(TypeError):
         dearkd.synthesize(model, labels, 16, divergance=1)
-
-
-def test_cnns_without_batch_norm_are_refused():
-    model = dearkd.Teacher(dearkd.make_cnn("vgg11", 4), 32)
-    with pytest.raises(common.Abort, match="without BatchNorm"):
-        dearkd.synthesize(model, torch.tensor([0, 1]), 32, steps=1)
-
-
-@pytest.mark.parametrize("num_classes, per_class, batch", [
-    (10, 500, 256), (10, 50, 128), (1000, 20, 128), (3, 8, 16), (2, 7, 8), (1, 1, 8), (5, 3, 9),
-    (7, 9, 10), (13, 33, 8)])
-def test_batches_hold_several_images_of_a_class(num_classes, per_class, batch):
-    plan = dearkd.plan_batches(num_classes, per_class, batch, seed=0)
-    seen = [(c, n) for labels, numbers in plan for c, n in zip(labels.tolist(), numbers.tolist())]
-    assert sorted(seen) == [(c, n) for c in range(num_classes) for n in range(per_class)]
-    sizes = [len(labels) for labels, _ in plan]
-    assert max(sizes) <= batch
-    assert min(sizes) >= 0.4 * max(sizes)  # no tiny last batch
-    for labels, _ in plan:
-        assert labels.bincount()[labels.unique()].min() >= min(4, per_class)
-    again = dearkd.plan_batches(num_classes, per_class, batch, seed=0)
-    assert all(torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(plan, again))
 
 
 # ------------------------------------------------------------------ the folder

@@ -84,6 +84,23 @@ def test_accuracy_counts_top1_and_top5():
     assert top1 < top5
 
 
+@pytest.mark.slow
+def test_votes_with_imagenets_training_features_need_bounded_memory():
+    """1.28 M x 384 features in float16 are 0.92 GiB; the votes need less than 1.6 GiB more."""
+    out, _ = run("-c", """
+import resource, torch, eval_knn
+train = torch.empty(1_281_167, 384, dtype=torch.float16)
+for part in train.split(100_000):
+    part.copy_(torch.randn(len(part), 384))
+labels = torch.randint(0, 1000, (len(train),))
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+predicted = eval_knn.knn_predict(train, labels, train[:512], ks=(1, 20, 200), num_classes=1000)
+assert (predicted[1][:, 0] == labels[:512]).all()
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+""")
+    assert float(out) < 1.6, out
+
+
 # ------------------------------------------------------------------ linear probe
 
 
