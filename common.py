@@ -344,5 +344,6 @@ def log_epoch(args, log):
         lines = "".join(json.dumps(record) + "\n" for record in log)
         (Path(args.out) / "log.jsonl").write_text(lines)
     left = sum(record["seconds"] for record in log) / len(log) * (args.epochs - len(log))
-    shown = "  ".join(f"{name} {value:.4g}" for name, value in log[-1].items())
+    numbers = {name: x for name, x in log[-1].items() if not isinstance(x, list)}
+    shown = "  ".join(f"{name} {x:.4g}" for name, x in numbers.items())
     say(f"{shown}  left {datetime.timedelta(seconds=round(left))}")

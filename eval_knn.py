@@ -162,7 +162,7 @@ def load_model(args):
         import attndistill
         return attndistill.load_teacher(args.arch, args.weights, args.image_size)
     saved = common.load_checkpoint(args.weights or "--weights (or --arch)")
-    if saved.get("script") not in ("attndistill", "vitkd"):
+    if saved.get("script") not in ("attndistill", "vitkd", "dearkd"):
         raise ValueError(f"{args.weights} is no student.pth; released weights need --arch")
     script, arch = importlib.import_module(saved["script"]), saved["arch"]
     args.image_size = args.image_size or arch["image_size"]

@@ -1,10 +1,11 @@
 """dearkd.py: convolution by attention, aligner and hints, CNN teachers, the two stages."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-import common_before as common
 import dearkd
 
 # ------------------------------------------------------------------ MHCA
@@ -58,6 +59,26 @@ def test_position_term_in_closed_form():
                 assert term[h, 2 + i, 2 + j].item() == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("grid", [8, 14])
+def test_dropout_keeps_the_neighbourhood(grid):
+    """Mass within the 3 x 3 neighbourhood of inner patches: in training at least 0.8 of it."""
+    attention = dearkd.ConvAttention(48, 3, grid, 2)
+    position = torch.cartesian_prod(*[torch.arange(grid)] * 2)
+    near = (position[:, None] - position[None]).abs().amax(2) <= 1          # (N, N)
+    inner = ((position > 0) & (position < grid - 1)).all(1)
+
+    def mass():  # zero content
+        a = attention.position_term().softmax(2)[:, 2:, 2:]
+        return (a * near).sum(2)[:, inner].mean().item()
+
+    in_evaluation = attention.eval() and mass()
+    attention.train()
+    in_training = sum(mass() for _ in range(400)) / 400
+    assert in_evaluation > 0.55 and in_training >= 0.8 * in_evaluation
+    terms = {tuple(attention.position_term().abs().amax((1, 2)).gt(0).tolist()) for _ in range(200)}
+    assert len(terms) > 3  # whole heads are struck, each by its own draw
+
+
 # ------------------------------------------------------------------ aligner, hints, the ViT
 
 
@@ -85,21 +106,19 @@ def test_vit_gives_a_pair_in_training_and_the_mean_in_eval():
     assert dearkd.ViT(16, 4, 24, 2, 3, num_classes=0).eval()(images).shape == (2, 24)
     names = set(model.state_dict())
     assert {"dist_token", "head_dist.weight", "blocks.1.attn.pos_weight"} <= names
-    assert "blocks.2.attn.pos_weight" not in names and not any("offset" in n for n in names)
+    assert "blocks.2.attn.pos_weight" not in names and not any(n.endswith(".r") for n in names)
     assert model.pos_embed.shape == (1, 18, 24)
-    with pytest.raises(ValueError, match="image_size=16"):
-        model(torch.randn(1, 3, 20, 20))
 
 
 # ------------------------------------------------------------------ the teacher
 
 
 def test_gradients_of_both_stages():
-    args = common.argparse.Namespace(label_smoothing=0.1, alpha=0.3, beta=2.0)
+    args = SimpleNamespace(label_smoothing=0.1, alpha=0.3, beta=2.0)
     student = dearkd.ViT(16, 4, 24, 3, 3, 5, mhca_blocks=2)
     aligners = torch.nn.ModuleList([dearkd.Aligner(24, 16), dearkd.Aligner(24, 64)])
-    model = dearkd.Objective(student, aligners, [(0, 1), (1, 3)], args)
-    cnn = dearkd.Teacher(dearkd.make_cnn("cifar_resnet20", 10), 16)
+    model = dearkd.Distillation(student, aligners, [(0, 1), (1, 3)], args)
+    cnn = dearkd.Teacher(dearkd.make_cnn("cifar_resnet20", 10), "cifar_resnet20", 16)
     images, target = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
     with torch.no_grad():
         maps, logits = cnn.features(images)

@@ -1,15 +1,16 @@
 """dearkd.py without real images: the losses of the synthesis, its images, folder and command."""
 
-import functools
 import math
+import time
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import start
 from torch import nn
 
-import common_before as common
+import common
 import dearkd
 
 def small_cnn(num_classes=4, image_size=16):
@@ -20,7 +21,7 @@ def small_cnn(num_classes=4, image_size=16):
         if isinstance(layer, nn.BatchNorm2d):
             layer.running_mean.normal_()
             layer.running_var.uniform_(0.5, 2)
-    return dearkd.Teacher(cnn, image_size).requires_grad_(False).eval()
+    return dearkd.Teacher(cnn, "cifar_resnet20", image_size)
 
 
 # ------------------------------------------------------------------ the losses
@@ -102,74 +103,61 @@ def test_batch_norm_term_in_closed_form_and_near_zero_on_its_own_statistics():
     x = x + net.bn.running_mean[:, None, None]
     for images in (x, x * 0.5 + 1):
         for order in (torch.contiguous_format, torch.channels_last):
-            with dearkd.watch(net) as seen:
+            with dearkd.batch_norm_inputs(net) as inputs:
                 net(images.contiguous(memory_format=order))
             pixels = images.double().transpose(0, 1).flatten(1).numpy()
             expected = (np.linalg.norm(pixels.mean(1) - net.bn.running_mean.numpy())
                         + np.linalg.norm(pixels.var(1) - net.bn.running_var.numpy()))
-            assert len(seen.batch_norm) == 1
-            assert seen.batch_norm[0].item() == pytest.approx(expected, rel=1e-3, abs=2e-3)
-    with dearkd.watch(net) as seen:
+            found = dearkd.batch_norm_loss(inputs, 7.0).item() / 7
+            assert found == pytest.approx(expected, rel=1e-3, abs=2e-3)
+    with dearkd.batch_norm_inputs(net) as inputs:
         net(x)
-    assert seen.batch_norm[0] < 0.2 and expected > 10
+    assert dearkd.batch_norm_loss(inputs, 1.0) < 0.2 and expected > 10
+    assert not net.bn._forward_pre_hooks
 
 
-def test_objective_is_the_sum_of_its_terms():
-    """One step at half size and one at full size, against the formulas written out in float64."""
-    model = small_cnn()
-    labels = torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
-    competitor = dearkd.ViT(16, 4, 24, 2, 3, 4).requires_grad_(False).eval()
-    torch.nn.init.normal_(competitor.head.weight)
-    reports = []
-    weights = {"tv": 0.3, "l2": 0.2, "bn": 0.5, "divergence": 7.0}
-    dearkd.synthesize(
-        model, labels, 16, seed=5, competitor=competitor, competition=1.5, half_steps=1, steps=1,
-        jitter=4, report=lambda step, losses, images: reports.append(
-            ({k: v.item() for k, v in losses.items()}, images.detach().clone())), **weights)
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("weights", [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 30),
+                                     (0.3, 0.2, 0.5, 7)])
+def test_first_step_follows_the_gradient_of_the_written_out_objective(half, weights):
+    """Adam's first step is the rate times the gradient's sign: compare signs, pixel by pixel."""
+    model, labels = small_cnn(), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
+    tv, l2, bn, divergence = weights
+    found = dearkd.synthesize(model, labels, 16, half_steps=int(half), steps=int(not half), lr=1e-3,
+                              tv=tv, l2=l2, bn=bn, divergence=divergence, jitter=4, seed=5)
     # the same random numbers
     generator = torch.Generator().manual_seed(5)
     low = -torch.tensor(common.MEAN)[:, None, None] / torch.tensor(common.STD)[:, None, None]
     high = low + 1 / torch.tensor(common.STD)[:, None, None]
-    images = torch.randn(8, 3, 16, 16, generator=generator).clamp(low, high)
-    for half, (losses, after) in zip((True, False), reports):
-        x = F.avg_pool2d(images, 2) if half else images
-        jitter = 2 if half else 4
-        down, right = torch.randint(-jitter, jitter + 1, (2,), generator=generator).tolist()
-        x = torch.roll(x, (down, right), (2, 3))
-        if torch.rand((), generator=generator) < 0.5:
-            x = x.flip(3)
-        inputs = []
-        hooks = [layer.register_forward_hook(functools.partial(
-            lambda kept, layer, given, _: kept.append((layer, given[0].double())), inputs))
-            for layer in model.modules() if isinstance(layer, (nn.BatchNorm2d, nn.Linear))]
-        with torch.no_grad():
-            logits = model.cnn(x)[1].double()
-        for hook in hooks:
-            hook.remove()
-        bn, features = 0, None
-        for i, (layer, given) in enumerate(inputs):
-            if isinstance(layer, nn.Linear):
-                features = given
-                continue
-            mu, var = given.mean((0, 2, 3)), given.var((0, 2, 3), correction=0)
-            bn += (10 if i == 0 else 1) * ((mu - layer.running_mean).norm()
-                                           + (var - layer.running_var).norm()).item()
-        pixels = x.double()
-        expected = {"ce": -logits.log_softmax(1)[torch.arange(8), labels].mean().item(),
-                    "tv": 0.3 * dearkd.total_variation(pixels).item(),
-                    "l2": 0.2 * pixels.flatten(1).square().sum(1).sqrt().mean().item(),
-                    "bn": 0.5 * bn,
-                    "divergence": 7 * brute_force_divergence(features, labels.tolist())}
-        if not half:
-            with torch.no_grad():
-                expected["competition"] = 1.5 * dearkd.competition_loss(
-                    logits, competitor(x).double()).item()
-        assert losses.keys() == expected.keys()
-        for name, value in expected.items():
-            assert losses[name] == pytest.approx(value, rel=1e-4), name
-        assert (after - images).abs().amax((1, 2, 3)).min() > 0  # every image moved
-        assert (after >= low - 1e-6).all() and (after <= high + 1e-6).all()
-        images = after
+    start = torch.randn(8, 3, 16, 16, generator=generator).clamp(low, high)
+    images = start.double().requires_grad_()
+    far = 2 if half else 4
+    down, right = torch.randint(-far, far + 1, (2,), generator=generator).tolist()
+    x = torch.roll(F.avg_pool2d(images, 2) if half else images, (down, right), (2, 3))
+    if torch.rand((), generator=generator) < 0.5:
+        x = x.flip(3)
+    model, seen = model.double(), []
+    for layer in model.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.register_forward_hook(lambda layer, given, _: seen.append((layer, given[0])))
+    *maps, logits = model.cnn(x).values()
+    loss = -logits.log_softmax(1)[torch.arange(8), labels].mean()
+    loss = loss + tv * dearkd.total_variation(x)
+    loss = loss + l2 * x.flatten(1).square().sum(1).sqrt().mean()
+    for i, (layer, given) in enumerate(seen):
+        mu, var = given.mean((0, 2, 3)), given.var((0, 2, 3), correction=0)
+        distance = (mu - layer.running_mean).norm() + (var - layer.running_var).norm()
+        loss = loss + bn * (10 if i == 0 else 1) * distance
+    features = F.normalize(maps[-1].mean((2, 3)), dim=1)
+    for i in range(6):  # labels 0 and 1 have two class-mates
+        d = [(features[i] - features[j]).norm() for j in range(8) if j != i and labels[j] == labels[i]]
+        loss = loss + divergence * (max(d).detach() - min(d)) / 6
+    gradient, = torch.autograd.grad(loss, images)
+    moved = (found - start).double()
+    clear = (gradient.abs() > 1e-3 * gradient.abs().mean()) & (moved != 0)
+    assert clear.float().mean() > 0.5  # the others are at the limits of the range
+    assert (moved.sign() == -gradient.sign())[clear].float().mean() > 0.995
+    assert (found >= low - 1e-6).all() and (found <= high + 1e-6).all()
 
 
 # ------------------------------------------------------------------ synthesis
@@ -178,26 +166,55 @@ def test_objective_is_the_sum_of_its_terms():
 def test_the_teacher_is_untouched_and_no_weight_gets_a_gradient():
     model = small_cnn().requires_grad_(True)  # even where its parameters ask for one
     before = {k: v.clone() for k, v in model.state_dict().items()}
-    images = dearkd.synthesize(model, torch.tensor([0, 1, 2, 3]), 16, steps=2)
+    images = dearkd.synthesize(model, torch.tensor([0, 1, 2, 3]), 16, half_steps=0, steps=2)
     assert images.shape == (4, 3, 16, 16) and not images.requires_grad
     assert all(p.grad is None for p in model.parameters())
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
     assert not any(layer.training for layer in model.modules())
-
-    def fail(step, losses, images):
-        raise KeyError("on the way")
-
-    with pytest.raises(KeyError):
-        dearkd.synthesize(model, torch.tensor([0, 1]), 16, steps=2, report=fail)
-    assert not any(layer._forward_pre_hooks or layer._forward_hooks for layer in model.modules())
+    assert not any(layer._forward_pre_hooks for layer in model.modules())
 
 
 def test_reproducible_and_seeded():
     model, labels = small_cnn(), torch.tensor([0, 1, 2, 3])
-    a, b, c = (dearkd.synthesize(model, labels, 16, seed=seed, steps=2) for seed in (1, 1, 2))
+    a, b, c = (dearkd.synthesize(model, labels, 16, seed=seed, half_steps=0, steps=2) for seed in (1, 1, 2))
     assert torch.equal(a, b) and (a - c).abs().mean() > 0.1
     with pytest.raises(TypeError):
         dearkd.synthesize(model, labels, 16, divergance=1)
 
 
 # ------------------------------------------------------------------ the folder
+
+
+@pytest.mark.parametrize("classes, each, size", [(10, 13, 128), (1000, 3, 128), (3, 8, 8), (2, 1, 8)])
+def test_batches_hold_every_image_once_and_class_mates_together(classes, each, size):
+    batches = dearkd.plan_batches(classes, each, size, 0)
+    assert sorted(sum(batches, [])) == [(c, n) for c in range(classes) for n in range(each)]
+    for batch in batches:
+        labels = [c for c, _ in batch]
+        assert len(batch) <= size and all(labels.count(c) >= min(4, each) for c in labels)
+
+
+def test_a_killed_synthesis_ends_with_the_same_files(tmp_path):
+    arch = {"cnn": "cifar_resnet20", "image_size": 16}
+    state = dearkd.make_cnn("cifar_resnet20", 3).state_dict()
+    common.save_checkpoint(tmp_path / "cnn.pth", model=state, arch=arch)
+    words = ["--teacher", tmp_path / "cnn.pth", "--image-size", 16, "--images-per-class", 8,
+             "--images-per-batch", 8, "--steps", 12, "--amp", "off"]
+    words = [str(word) for word in words]
+
+    def files(folder):
+        return {str(path.relative_to(folder)): path.read_bytes()
+                for path in folder.rglob("*") if path.is_file()}
+
+    dearkd.main([*words, "--synthesize", str(tmp_path / "a")])
+    process = start("dearkd.py", *words, "--synthesize", tmp_path / "b")
+    while not list(tmp_path.glob("b/train/*/*.png")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert files(tmp_path / "b").keys() != files(tmp_path / "a").keys()
+    dearkd.main([*words, "--synthesize", str(tmp_path / "b")])
+    assert files(tmp_path / "b") == files(tmp_path / "a") and len(files(tmp_path / "a")) == 26
+    with pytest.raises(SystemExit, match="made with other settings"):
+        dearkd.main([*words, "--synthesize", str(tmp_path / "b"), "--seed", "1"])
