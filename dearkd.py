@@ -610,7 +610,7 @@ def train_cnn(args, device):
 # What synthesize() takes at CIFAR's size, up to 64 px; its defaults are for ImageNet's. lr, betas,
 # tv, l2 and jitter are the authors'. Ours are bn (theirs: 10 or 100), first_bn (theirs: 1), and that
 # the schedule, the clipping and the flips of ImageNet's size are used here, too (theirs: none).
-CIFAR = {"half_steps": 0, "steps": 2000, "lr": 0.1, "betas": (0.9, 0.999), "tv": 2.5e-5, "l2": 0.0,
+CIFAR = {"half_steps": 0, "steps": 2000, "image_lr": 0.1, "betas": (0.9, 0.999), "tv": 2.5e-5, "l2": 0.0,
          "bn": 0.2, "first_bn": 10.0, "jitter": 2}
 
 
@@ -654,8 +654,8 @@ def batch_norm_inputs(cnn):
             hook.remove()
 
 
-def synthesize(teacher, labels, image_size, half_steps=2000, steps=1000, lr=0.25, betas=(0.5, 0.9),
-               tv=1e-4, l2=1e-5, bn=0.01, first_bn=10.0, jitter=30, divergence=1.0, seed=0,
+def synthesize(teacher, labels, image_size, half_steps=2000, steps=1000, image_lr=0.25,
+               betas=(0.5, 0.9), tv=1e-4, l2=1e-5, bn=0.01, first_bn=10.0, jitter=30, divergence=1.0, seed=0,
                autocast=contextlib.nullcontext):
     """Make images of the classes `labels` (B,) from a Teacher's weights alone: (B, 3, S, S).
 
@@ -675,13 +675,13 @@ def synthesize(teacher, labels, image_size, half_steps=2000, steps=1000, lr=0.25
 
     with batch_norm_inputs(teacher.cnn) as inputs:
         for pool, phase in ((2, half_steps), (1, steps)):
-            optimizer = torch.optim.Adam([images], lr, betas)
+            optimizer = torch.optim.Adam([images], image_lr, betas)
             warmup = min(100, phase / 10)
             for step in range(phase):
                 # Learning rate: warm-up over 100 steps, at most a tenth of the phase; then cosine
                 cosine = (1 + math.cos(math.pi * (step - warmup) / (phase - warmup))) / 2
                 rate = (step + 1) / warmup if step + 1 < warmup else cosine
-                optimizer.param_groups[0]["lr"] = lr * rate
+                optimizer.param_groups[0]["lr"] = image_lr * rate
 
                 # A random roll and flip
                 x = F.avg_pool2d(images, pool)                              # (B, 3, S/pool, S/pool)
@@ -721,13 +721,6 @@ def plan_batches(num_classes, images_per_class, batch_size, seed):
     return [sum(groups[a:b], []) for a, b in zip(bounds, bounds[1:])]
 
 
-def class_mate_distance(features, labels):
-    """Return the mean distance of two images of a class; features (B, D) are L2-normalised here."""
-    f = F.normalize(features.float(), dim=1)
-    mates = (labels[:, None] == labels).fill_diagonal_(False)               # (B, B)
-    return torch.cdist(f, f)[mates].mean().item()
-
-
 def fill_folder(args, device):
     """Fill args.synthesize with images made from args.teacher: train/CLASS/NUMBER.png, preview.png.
 
@@ -748,13 +741,12 @@ def fill_folder(args, device):
             raise ValueError(f"the teacher has {teacher.num_classes} classes, --val {len(names)}")
         for name in names:
             (out / "train" / name).mkdir(parents=True, exist_ok=True)
-        flags = {"half_steps": args.half_steps, "steps": args.steps, "lr": args.image_lr,
-                 "tv": args.tv, "bn": args.bn, "divergence": args.divergence}
         settings = {**(CIFAR if args.image_size <= 64 else {}),
-                    **{name: value for name, value in flags.items() if value is not None}}
-        more = {name: getattr(args, name) for name in (
-            "teacher", "image_size", "images_per_class", "images_per_batch", "seed", "amp")}
-        file, text = out / "settings.json", json.dumps({**more, **settings})
+                    **{name: value for name, value in vars(args).items() if value is not None and
+                       name in ("steps", "half_steps", "image_lr", "tv", "bn", "divergence")}}
+        file, text = out / "settings.json", json.dumps([
+            settings, args.teacher, args.image_size, args.images_per_class, args.images_per_batch,
+            args.seed, args.amp])
         if file.exists() and file.read_text() != text:
             raise ValueError(f"{out} holds images made with other settings: choose another folder")
         if common.rank() == 0:
@@ -780,12 +772,8 @@ def fill_folder(args, device):
             save(pixels[:64], out / "preview.png")
         for image, file in zip(pixels, files):
             save(image, file)
-        with torch.no_grad(), autocast():
-            maps, logits = teacher.features(images)
-        top1 = 100 * (logits.argmax(1) == labels).float().mean().item()
-        distance = class_mate_distance(maps[-1].mean((2, 3)), labels)
-        common.say(f"batch {i + 1}/{len(batches)}: the CNN is right on {top1:.0f} %, distance of "
-                   f"class-mates {distance:.2f}, {len(files) / (time.time() - started):.3g} images/s")
+        common.say(f"batch {i + 1} of {len(batches)}: "
+                   f"{len(files) / (time.time() - started):.3g} images/s")
 
 
 # ------------------------------------------------------------------ command line
@@ -876,57 +864,39 @@ def parse_args(argv=None):
     return args
 
 
-SHAPES = ("--data shapes --image-size 32 --patch-size 4 --student micro --batch-size 50 --lr 1e-3 "
-          "--crop-scale 0.5 --label-smoothing 0 --mixup 0 --cutmix 0 --rand-augment 0 "
-          "--random-erasing 0 --eval-every 1000").split()
-
-
 def demo(args, device):
-    """Train a CNN, a student alone and a distilled student; print their top-1 on shapes."""
+    """Train a CNN on shapes, then students: alone and with DearKD; or, data-free, on images made
+    from the CNN without and with L_bp. Print their top-1 on real shapes."""
     if common.world_size() > 1:
         common.fail("a demo runs in one process, without torchrun")
-    flags, table = [*SHAPES, "--seed", str(args.seed), "--workers", str(args.workers)], []
+    flags = ("--data shapes --image-size 32 --patch-size 4 --student micro --batch-size 50 "
+             "--lr 1e-3 --crop-scale 0.5 --label-smoothing 0 --mixup 0 --cutmix 0 --rand-augment 0 "
+             f"--random-erasing 0 --eval-every 1000 --seed {args.seed} --workers {args.workers} ")
+    table = []
     with tempfile.TemporaryDirectory() as out:
-        cnn = f"{out}/cnn/student.pth"
-        for name, run, more in (
-                ("CNN", train_cnn, "--train-teacher cifar_resnet20 --epochs 5"),
+        cnn = f"{out}/0/student.pth"
+        rows = [("CNN", train_cnn, "--train-teacher cifar_resnet20 --epochs 5"),
                 ("student alone", train, "--teacher none --mhca-blocks 0 --epochs 8"),
-                ("student, DearKD", train, f"--teacher {cnn} --epochs 8")):
-            folder = "cnn" if run is train_cnn else name.replace(" ", "")
-            top1 = run(parse_args([*flags, *more.split(), "--out", f"{out}/{folder}"]), device)["top1"]
-            table.append(f"{name:18s} top-1 {top1:5.1f} %")
-    common.say("\n" + "\n".join(table))
-
-
-def demo_data_free(args, device):
-    """Train a CNN, make images from it with and without L_bp, train a student on each; print the
-    students' top-1 on real shapes."""
-    if common.world_size() > 1:
-        common.fail("a demo runs in one process, without torchrun")
-    flags, table = [*SHAPES, "--seed", str(args.seed), "--workers", str(args.workers)], []
-    with tempfile.TemporaryDirectory() as out:
-        flags += ["--teacher", f"{out}/cnn/student.pth"]
-        top1 = train_cnn(parse_args([*flags, "--train-teacher", "cifar_resnet20", "--epochs", "5",
-                                     "--out", f"{out}/cnn"]), device)["top1"]
-        table.append(f"{'CNN':31s} top-1 {top1:5.1f} %")
-        for name, weight in (("DeepInversion", "0"), ("DF-DearKD", "1")):
-            images = f"{out}/{name}"
-            fill_folder(parse_args([*flags, "--synthesize", images, "--divergence", weight,
-                                    "--images-per-class", "24", "--steps", "100"]), device)
-            for label in range(10):  # real shapes to validate on
-                folder = Path(images) / "val" / str(label)
-                folder.mkdir(parents=True)
-                for i in range(label, 500, 10):
-                    save_image(common.Shapes(500, 32, 1000)[i][0] / 255, folder / f"{i}.png")
-            top1 = train(parse_args([*flags, "--data", images, "--epochs", "40", "--out",
-                                     f"{out}/student-{name}"]), device)["top1"]
-            table.append(f"student on {name + ' images':20s} top-1 {top1:5.1f} %")
+                ("student, DearKD", train, f"--teacher {cnn} --epochs 8")]
+        if args.demo_data_free:
+            images = f"--teacher {cnn} --images-per-class 24 --steps 100 --synthesize {out}/made"
+            student = f"--teacher {cnn} --epochs 40 --val {out}/val --data {out}/made"
+            rows[1:] = [("", fill_folder, f"{images}0 --divergence 0"),
+                        ("student, DeepInversion", train, f"{student}0"),
+                        ("", fill_folder, f"{images}1"), ("student, DF-DearKD", train, f"{student}1")]
+            for i, (image, label) in enumerate(map(common.Shapes(500, 32, 1000).__getitem__, range(500))):
+                Path(f"{out}/val/{label}").mkdir(parents=True, exist_ok=True)
+                save_image(image / 255, f"{out}/val/{label}/{i}.png")
+        for number, (name, run, more) in enumerate(rows):
+            record = run(parse_args(f"{flags} {more} --out {out}/{number}".split()), device)
+            if name:
+                table.append(f"{name:24s} top-1 {record['top1']:5.1f} %")
     common.say("\n" + "\n".join(table))
 
 
 def main(argv=None):
     args, device = parse_args(argv), common.init_processes()
-    run = (demo if args.demo else demo_data_free if args.demo_data_free else fill_folder if args.synthesize else
+    run = (demo if args.demo or args.demo_data_free else fill_folder if args.synthesize else
            train_cnn if args.train_teacher else train)
     run(args, device)
     if common.world_size() > 1:

@@ -123,7 +123,7 @@ def test_first_step_follows_the_gradient_of_the_written_out_objective(half, weig
     """Adam's first step is the rate times the gradient's sign: compare signs, pixel by pixel."""
     model, labels = small_cnn(), torch.tensor([0, 0, 0, 1, 1, 1, 2, 2])
     tv, l2, bn, divergence = weights
-    found = dearkd.synthesize(model, labels, 16, half_steps=int(half), steps=int(not half), lr=1e-3,
+    found = dearkd.synthesize(model, labels, 16, half_steps=int(half), steps=int(not half), image_lr=1e-3,
                               tv=tv, l2=l2, bn=bn, divergence=divergence, jitter=4, seed=5)
     # the same random numbers
     generator = torch.Generator().manual_seed(5)
