@@ -360,9 +360,7 @@ def load_teacher(name, weights=None, num_classes=1000):
         if not name.startswith("cifar"):
             released = models.get_model_weights(name).DEFAULT
             size, weights = released.transforms().crop_size[0], weights or released.url
-        elif not weights:
-            raise ValueError(f"{name} cannot be downloaded: give its weights as a file")
-        saved = common.load_checkpoint(weights)
+        saved = common.load_checkpoint(weights or "--teacher-weights")
     elif Path(name).is_file() and not weights:
         saved = common.load_checkpoint(name)
         if "cnn" not in saved.get("arch", {}):
@@ -411,15 +409,10 @@ class Distillation(nn.Module):
 
 def parse_hints(text, depth, num_stages):
     """Return [(block, stage), ...]: "1:1,3:2" -> [(1, 1), (3, 2)]. Raises ValueError."""
-    hints = []
-    for pair in text.split(",") if text != "none" else []:
-        block, _, stage = pair.partition(":")
-        if not (block.isdecimal() and stage.isdecimal()):
-            raise ValueError(f"--hints {text} is not block:stage,... such as 1:1,3:2, or none")
-        if int(block) >= depth or not 1 <= int(stage) <= num_stages:
-            raise ValueError(f"--hints {text}: the student has blocks 0 to {depth - 1}, the "
-                             f"teacher stages 1 to {num_stages}")
-        hints.append((int(block), int(stage)))
+    pairs = [pair.split(":") for pair in text.split(",")] if text != "none" else []
+    hints = [(int(block), int(stage)) for block, stage in pairs]
+    if any(not (0 <= block < depth and 1 <= stage <= num_stages) for block, stage in hints):
+        raise ValueError(f"there are blocks 0 to {depth - 1} and stages 1 to {num_stages}")
     return hints
 
 
@@ -459,7 +452,7 @@ def train(args, device):
             aligners.extend(Aligner(arch["dim"], maps[stage - 1].shape[1]) for _, stage in hints)
             teacher.to(device)
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        common.fail(f"--init or --teacher: {error}")
+        common.fail(f"--init, --teacher or --hints: {error}")
     model = Distillation(student, aligners, hints, args).to(device)
     ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))  # 0: just a copy
 
@@ -637,23 +630,6 @@ def batch_norm_loss(inputs, first_weight=10.0):
     return first_weight * distances[0] + sum(distances[1:])
 
 
-@contextlib.contextmanager
-def batch_norm_inputs(cnn):
-    """Yield a dict. Inside the `with`, a forward pass fills it: {BatchNorm: its input}."""
-    inputs = {}
-
-    def keep(norm, arguments):
-        inputs[norm] = arguments[0]
-
-    norms = [module for module in cnn.modules() if isinstance(module, nn.BatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(keep) for norm in norms]
-    try:
-        yield inputs
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def synthesize(teacher, labels, image_size, half_steps=2000, steps=1000, image_lr=0.25,
                betas=(0.5, 0.9), tv=1e-4, l2=1e-5, bn=0.01, first_bn=10.0, jitter=30, divergence=1.0, seed=0,
                autocast=contextlib.nullcontext):
@@ -673,37 +649,42 @@ def synthesize(teacher, labels, image_size, half_steps=2000, steps=1000, image_l
     images = torch.randn(len(labels), 3, image_size, image_size, generator=generator)
     images = images.to(labels.device).clamp(black, white).requires_grad_()
 
-    with batch_norm_inputs(teacher.cnn) as inputs:
-        for pool, phase in ((2, half_steps), (1, steps)):
-            optimizer = torch.optim.Adam([images], image_lr, betas)
-            warmup = min(100, phase / 10)
-            for step in range(phase):
-                # Learning rate: warm-up over 100 steps, at most a tenth of the phase; then cosine
-                cosine = (1 + math.cos(math.pi * (step - warmup) / (phase - warmup))) / 2
-                rate = (step + 1) / warmup if step + 1 < warmup else cosine
-                optimizer.param_groups[0]["lr"] = image_lr * rate
+    inputs = {}  # {BatchNorm: its input in the latest forward pass}
+    hooks = [module.register_forward_pre_hook(lambda norm, x: inputs.update({norm: x[0]}))
+             for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
 
-                # A random roll and flip
-                x = F.avg_pool2d(images, pool)                              # (B, 3, S/pool, S/pool)
-                far = jitter // pool
-                roll = torch.randint(-far, far + 1, (2,), generator=generator).tolist()
-                x = x.roll(roll, (2, 3))
-                x = x.flip(3) if torch.rand((), generator=generator) < 0.5 else x
+    for pool, phase in ((2, half_steps), (1, steps)):
+        optimizer = torch.optim.Adam([images], image_lr, betas)
+        warmup = min(100, phase / 10)
+        for step in range(phase):
+            # Learning rate: warm-up over 100 steps, at most a tenth of the phase; then cosine
+            cosine = (1 + math.cos(math.pi * (step - warmup) / (phase - warmup))) / 2
+            rate = (step + 1) / warmup if step + 1 < warmup else cosine
+            optimizer.param_groups[0]["lr"] = image_lr * rate
 
-                # Loss
-                with autocast():
-                    *maps, logits = teacher.cnn(x).values()
-                features = maps[-1].float().mean((2, 3))                    # (B, D), the classifier's
-                loss = (F.cross_entropy(logits.float(), labels) + tv * total_variation(x)
-                        + l2 * x.flatten(1).norm(dim=1).mean()
-                        + bn * batch_norm_loss(inputs, first_bn)
-                        + divergence * intra_divergence_loss(features, labels))
+            # A random roll and flip
+            x = F.avg_pool2d(images, pool)                              # (B, 3, S/pool, S/pool)
+            far = jitter // pool
+            roll = torch.randint(-far, far + 1, (2,), generator=generator).tolist()
+            x = x.roll(roll, (2, 3))
+            x = x.flip(3) if torch.rand((), generator=generator) < 0.5 else x
 
-                # Step: the gradient of the images alone, then back into the range of real images
-                images.grad, = torch.autograd.grad(loss, images)
-                optimizer.step()
-                with torch.no_grad():
-                    images.clamp_(black, white)
+            # Loss
+            with autocast():
+                *maps, logits = teacher.cnn(x).values()
+            features = maps[-1].float().mean((2, 3))                    # (B, D), the classifier's
+            loss = (F.cross_entropy(logits.float(), labels) + tv * total_variation(x)
+                    + l2 * x.flatten(1).norm(dim=1).mean()
+                    + bn * batch_norm_loss(inputs, first_bn)
+                    + divergence * intra_divergence_loss(features, labels))
+
+            # Step: the gradient of the images alone, then back into the range of real images
+            images.grad, = torch.autograd.grad(loss, images)
+            optimizer.step()
+            with torch.no_grad():
+                images.clamp_(black, white)
+    for hook in hooks:
+        hook.remove()
     if not images.isfinite().all():
         raise FloatingPointError("the images became NaN: try a lower --image-lr, or --amp off")
     return images.detach()
@@ -717,8 +698,8 @@ def plan_batches(num_classes, images_per_class, batch_size, seed):
     groups = [[(int(c), int(n)) for n in part]
               for part in parts for c in generator.permutation(num_classes)]
     count = math.ceil(len(groups) / max(1, batch_size // len(groups[0])))
-    bounds = [round(i * len(groups) / count) for i in range(count + 1)]
-    return [sum(groups[a:b], []) for a, b in zip(bounds, bounds[1:])]
+    return [sum((groups[i] for i in part), [])
+            for part in np.array_split(np.arange(len(groups)), count)]
 
 
 def fill_folder(args, device):
@@ -733,26 +714,26 @@ def fill_folder(args, device):
     out = Path(args.synthesize)
     try:
         teacher = load_teacher(args.teacher, args.teacher_weights, None).to(device)
-        digits = len(str(teacher.num_classes - 1))
-        names = [f"{c:0{digits}d}" for c in range(teacher.num_classes)]
+        names = [f"{c:03d}" for c in range(teacher.num_classes)]
         if args.val:  # its folders, in alphabetical order, must be the teacher's classes
             names, _ = datasets.folder.find_classes(args.val)
         if len(names) != teacher.num_classes:
             raise ValueError(f"the teacher has {teacher.num_classes} classes, --val {len(names)}")
         for name in names:
             (out / "train" / name).mkdir(parents=True, exist_ok=True)
-        settings = {**(CIFAR if args.image_size <= 64 else {}),
-                    **{name: value for name, value in vars(args).items() if value is not None and
-                       name in ("steps", "half_steps", "image_lr", "tv", "bn", "divergence")}}
-        file, text = out / "settings.json", json.dumps([
-            settings, args.teacher, args.image_size, args.images_per_class, args.images_per_batch,
-            args.seed, args.amp])
+        file, text = out / "args.json", json.dumps({
+            k: v for k, v in vars(args).items() if k not in (*common.MAY_DIFFER, "synthesize")})
         if file.exists() and file.read_text() != text:
             raise ValueError(f"{out} holds images made with other settings: choose another folder")
         if common.rank() == 0:
             file.write_text(text)
     except (AttributeError, KeyError, OSError, RuntimeError, ValueError) as error:
         common.fail(f"--synthesize: {error}")
+
+    chosen = {name: vars(args)[name] for name in (
+        "steps", "half_steps", "image_lr", "tv", "bn", "divergence")}
+    settings = CIFAR if args.image_size <= 64 else {}
+    settings = {**settings, **{name: x for name, x in chosen.items() if x is not None}}
 
     def save(pixels, file):
         save_image(pixels, f"{file}.tmp", format="png")
@@ -793,15 +774,12 @@ def parse_args(argv=None):
     flag("--image-size", type=int, default=224, help="side length in pixels (%(default)s)")
     flag("--workers", type=int, default=common.WORKERS, help="data processes per GPU (%(default)s)")
 
-    flag = group("models", "Teachers: torchvision's ResNets, ResNeXts, wide ResNets and RegNets; "
-                 "cifar_resnet20, 32, 44, 56 (by file); a student.pth of --train-teacher; none."
-                 ).add_argument
+    flag = group("models", f"Teachers: {', '.join(CNNS)}, a student.pth, none.").add_argument
     flag("--student", choices=SIZES, default="deit_t", help="the ViT to train (%(default)s)")
     flag("--init", metavar="FILE", help="student.pth to start from; heads of another size are new")
     flag("--teacher", default="regnet_y_16gf", help="a name or a path, see above (%(default)s)")
     flag("--teacher-weights", metavar="FILE", help="the named teacher's weights (else downloaded)")
-    flag("--train-teacher", choices=CNNS, metavar="NAME", help="train this CNN on the labels "
-         "instead of a ViT (without MixUp, CutMix, --clip-grad, --accum, --compile)")
+    flag("--train-teacher", choices=CNNS, metavar="CNN", help="train it, without MixUp and CutMix")
     flag("--patch-size", type=int, default=16, help="of the student, in pixels (%(default)s)")
     flag("--mhca-blocks", type=int, default=4, help="first blocks with MHCA (%(default)s)")
     flag("--pos-dropout", type=float, default=0.1, help="of MHCA's position term (%(default)s)")
@@ -829,8 +807,7 @@ def parse_args(argv=None):
     flag("--random-erasing", type=float, default=0.25, help="probability (%(default)s)")
     flag("--seed", type=int, default=0, help="weights, order, augmentation (%(default)s)")
 
-    flag = group("no real images (DF-DearKD)", "Make images from the teacher, then train with "
-                 "--data DIR --val REAL/val. Two defaults: up to 64 px; above.").add_argument
+    flag = group("no real images", "Defaults: up to 64 px; above.").add_argument
     flag("--synthesize", metavar="DIR", help="fill DIR/train; its classes have the names in --val")
     flag("--images-per-class", type=int, default=100, help="how many to make (%(default)s)")
     flag("--images-per-batch", type=int, default=128, help="how many at once (%(default)s)")
@@ -884,7 +861,9 @@ def demo(args, device):
             rows[1:] = [("", fill_folder, f"{images}0 --divergence 0"),
                         ("student, DeepInversion", train, f"{student}0"),
                         ("", fill_folder, f"{images}1"), ("student, DF-DearKD", train, f"{student}1")]
-            for i, (image, label) in enumerate(map(common.Shapes(500, 32, 1000).__getitem__, range(500))):
+            shapes = common.Shapes(500, 32, 1000)
+            for i in range(len(shapes)):
+                image, label = shapes[i]
                 Path(f"{out}/val/{label}").mkdir(parents=True, exist_ok=True)
                 save_image(image / 255, f"{out}/val/{label}/{i}.png")
         for number, (name, run, more) in enumerate(rows):
