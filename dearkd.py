@@ -124,13 +124,12 @@ class ConvAttention(Attention):
 
     forward(x (B, P+N, D)) -> (B, P+N, D), P = num_prefix_tokens, N = grid_size^2.
 
-    Between patches at grid offset d = (d1, d2), rows and columns from query to key, head h has
-    the logit  q.k / sqrt(D/H) + v_h . r_d,  r_d = (|d|^2, d1, d2),  v_h = pos_weight[h].
-    v_h = -a (1, -2 c1, -2 c2) gives -a |d - c|^2 + const: a Gaussian around offset c. At first a
-    is 1, and c of head h is the h-th nearest offset of a 3x3 neighbourhood. Prefix tokens (class,
-    distillation) have no position: their rows and columns get 0.
-    Dropout: in training, a head loses its whole position term in a forward pass with probability
-    pos_dropout. The head then attends by content alone, as it may later.
+    Between patches at grid offset d = (d1, d2), in rows and columns, head h has the logit
+        q.k / sqrt(D/H) + v_h . r_d,   r_d = (|d|^2, d1, d2),   v_h = pos_weight[h].
+    v_h = -a (1, -2 c1, -2 c2) gives -a |d - c|^2 + const, a Gaussian around offset c. Heads start
+    with a = 1 and the c of a 3x3 neighbourhood, centre first. Prefix tokens (class, distillation)
+    have no position and get 0. In training, dropout removes a head's whole position term from a
+    forward pass: the head then attends by content alone, as it may later.
     """
 
     def __init__(self, dim, num_heads, grid_size, num_prefix_tokens, pos_dropout=0.1):
@@ -188,12 +187,12 @@ class ViT(nn.Module):
     def __init__(self, image_size=224, patch_size=16, dim=384, depth=12, num_heads=6,
                  num_classes=1000, mhca_blocks=0, pos_dropout=0.1, drop_path=0.0):
         super().__init__()
-        g, self.num_classes = image_size // patch_size, num_classes
+        self.num_classes, g = num_classes, image_size // patch_size
+        N = 2 + g**2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
         self.dist_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
-        position = torch.empty(1, 2 + g * g, dim)
-        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(position, std=0.02))
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, N, dim), std=0.02))
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
         for block in self.blocks[:mhca_blocks]:
@@ -265,16 +264,6 @@ def attention_distance(vit, images):
 
 # ------------------------------------------------------------------ the teacher
 
-STAGES = {  # start of a CNN's name: the modules that end its stages, each in a ReLU; its classifier
-    "resnet": (["layer1", "layer2", "layer3", "layer4"], "fc"),
-    "resnext": (["layer1", "layer2", "layer3", "layer4"], "fc"),
-    "wide_resnet": (["layer1", "layer2", "layer3", "layer4"], "fc"),
-    "regnet": ([f"trunk_output.block{i}" for i in (1, 2, 3, 4)], "fc"),
-    "cifar_resnet": (["layer1", "layer2", "layer3"], "linear")}
-CNNS = [*models.list_models(models, include=[f"{start}*" for start in STAGES]),
-        "cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56"]
-
-
 class CifarBlock(nn.Module):
     def __init__(self, channels_in, channels, stride):
         super().__init__()
@@ -309,14 +298,16 @@ class CifarResNet(nn.Module):
         return self.linear(x.mean((2, 3)))
 
 
-def stages_and_classifier(name):
-    return next(names for start, names in STAGES.items() if name.startswith(start))
+CNNS = ["cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56",
+        *models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*", "regnet*"])]
+STAGES = {  # the modules that end a CNN's stages, each in a ReLU, and at last its classifier
+    CifarResNet: ["layer1", "layer2", "layer3", "linear"],
+    models.ResNet: ["layer1", "layer2", "layer3", "layer4", "fc"],  # ResNeXt and wide ones, too
+    models.RegNet: [*(f"trunk_output.block{stage}" for stage in (1, 2, 3, 4)), "fc"]}
 
 
 def make_cnn(name, num_classes):
-    """Return one of CNNS with random weights. Raises ValueError for any other name."""
-    if name not in CNNS:
-        raise ValueError(f"no CNN {name}: choose {', '.join(CNNS)}")
+    """Return one of CNNS with random weights."""
     if name.startswith("cifar"):
         return CifarResNet((int(name[-2:]) - 2) // 6, num_classes)
     return models.get_model(name, weights=None, num_classes=num_classes)
@@ -325,21 +316,17 @@ def make_cnn(name, num_classes):
 class Teacher(nn.Module):
     """A frozen CNN that also returns the map at the end of each of its stages.
 
-    forward(images (B, 3, S, S)) -> logits (B, C). Images are normalised by common.MEAN and STD;
-    they are resized to the size that the CNN was trained at.
+    forward(images (B, 3, S, S), normalised by common.MEAN and STD) -> logits (B, C)
     """
 
-    def __init__(self, cnn, name, image_size):
+    def __init__(self, cnn):
         super().__init__()
-        stages, classifier = stages_and_classifier(name)
-        self.cnn = create_feature_extractor(cnn.eval(), [*stages, classifier])
-        self.image_size, self.num_classes = image_size, getattr(cnn, classifier).out_features
+        self.num_classes = getattr(cnn, STAGES[type(cnn)][-1]).out_features
+        self.cnn = create_feature_extractor(cnn.eval(), STAGES[type(cnn)])
         self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
 
     def features(self, images):
         """Return (maps [(B, C_1, h_1, h_1), ...] of the stages, large first; logits (B, C))."""
-        if images.shape[-1] != self.image_size:
-            images = F.interpolate(images, 2 * [self.image_size], mode="bilinear", antialias=True)
         *maps, logits = self.cnn(images).values()
         return maps, logits
 
@@ -352,30 +339,24 @@ def load_teacher(name, weights=None, num_classes=1000):
 
     name: one of CNNS, its weights read from the file `weights` or else downloaded; or the path of a
     student.pth of --train-teacher. num_classes None: as many as the weights have. Raises ValueError
-    (unknown name, unreadable weights, class count) or RuntimeError (another model: torch names the
-    keys).
+    (unknown name, unreadable weights) or RuntimeError (another model or class count: torch names
+    the keys).
     """
-    size = 32
     if name in CNNS:
-        if not name.startswith("cifar"):
-            released = models.get_model_weights(name).DEFAULT
-            size, weights = released.transforms().crop_size[0], weights or released.url
+        if not (weights or name.startswith("cifar")):
+            weights = models.get_model_weights(name).DEFAULT.url
         saved = common.load_checkpoint(weights or "--teacher-weights")
     elif Path(name).is_file() and not weights:
         saved = common.load_checkpoint(name)
-        if "cnn" not in saved.get("arch", {}):
-            raise ValueError(f"{name} is no CNN of --train-teacher")
-        name, size = saved["arch"]["cnn"], saved["arch"]["image_size"]
-    else:
+        name = saved.get("cnn", f"in {name}: it was not written by --train-teacher")
+    if name not in CNNS:
         raise ValueError(f"no teacher {name}: choose {', '.join(CNNS)}, none, or a student.pth")
     state = saved.get("model", saved.get("state_dict", saved))
     state = {key.removeprefix("module."): value for key, value in state.items()}
-    classes = len(state.get(f"{stages_and_classifier(name)[1]}.bias", [0] * (num_classes or 1)))
-    if num_classes not in (None, classes):
-        raise ValueError(f"it has {classes} classes, the data have {num_classes}")
-    cnn = make_cnn(name, classes)
+    bias = state.get("fc.bias", state.get("linear.bias", []))
+    cnn = make_cnn(name, num_classes or len(bias))
     cnn.load_state_dict(state)
-    return Teacher(cnn, name, size)
+    return Teacher(cnn)
 
 
 # ------------------------------------------------------------------ training
@@ -591,20 +572,20 @@ def train_cnn(args, device):
         log.append({"epoch": epoch + 1, **losses, "top1": top1, "seconds": time.time() - started})
         common.log_epoch(args, log)
         if common.rank() == 0:
-            arch = {"cnn": args.train_teacher, "image_size": args.image_size}
             state = {name: part.state_dict() for name, part in resumed.items()}
-            common.save_checkpoint(f"{args.out}/student.pth", model=state["model"], arch=arch)
+            common.save_checkpoint(f"{args.out}/student.pth", model=state["model"],
+                                   cnn=args.train_teacher)
             common.save_checkpoint(f"{args.out}/last.pth", **state, log=log, args=vars(args))
     return log[-1]
 
 
 # ------------------------------------------------------------------ no real images: DF-DearKD
 
-# What synthesize() takes at CIFAR's size, up to 64 px; its defaults are for ImageNet's. lr, betas,
-# tv, l2 and jitter are the authors'. Ours are bn (theirs: 10 or 100), first_bn (theirs: 1), and that
-# the schedule, the clipping and the flips of ImageNet's size are used here, too (theirs: none).
-CIFAR = {"half_steps": 0, "steps": 2000, "image_lr": 0.1, "betas": (0.9, 0.999), "tv": 2.5e-5, "l2": 0.0,
-         "bn": 0.2, "first_bn": 10.0, "jitter": 2}
+# What synthesize() takes up to 64 px; its defaults are for ImageNet. image_lr, betas, tv, l2 and
+# jitter are the authors'. Ours are bn (theirs: 10 or 100) and first_bn (theirs: 1). Ours, too, are
+# the schedule, the clipping and the flips at this size: the authors have them for ImageNet alone.
+CIFAR = {"half_steps": 0, "steps": 2000, "image_lr": 0.1, "betas": (0.9, 0.999), "tv": 2.5e-5,
+         "l2": 0.0, "bn": 0.2, "first_bn": 10.0, "jitter": 2, "divergence": 1.0}
 
 
 def total_variation(x):
@@ -631,8 +612,8 @@ def batch_norm_loss(inputs, first_weight=10.0):
 
 
 def synthesize(teacher, labels, image_size, half_steps=2000, steps=1000, image_lr=0.25,
-               betas=(0.5, 0.9), tv=1e-4, l2=1e-5, bn=0.01, first_bn=10.0, jitter=30, divergence=1.0, seed=0,
-               autocast=contextlib.nullcontext):
+               betas=(0.5, 0.9), tv=1e-4, l2=1e-5, bn=0.01, first_bn=10.0, jitter=30,
+               divergence=1.0, seed=0, autocast=contextlib.nullcontext):
     """Make images of the classes `labels` (B,) from a Teacher's weights alone: (B, 3, S, S).
 
     From noise, Adam minimises (arXiv 1912.08795, section 3; the last term is DF-DearKD's)
@@ -706,7 +687,7 @@ def fill_folder(args, device):
     """Fill args.synthesize with images made from args.teacher: train/CLASS/NUMBER.png, preview.png.
 
     A batch depends on the seed and its number alone, and a batch whose files exist is skipped. So
-    the same command continues after a kill, and ends with the same files.
+    with --resume the same command continues after a kill, and ends with the same files.
     """
     autocast, _ = common.precision(args, device)
     if args.amp == "fp16":
@@ -721,19 +702,13 @@ def fill_folder(args, device):
             raise ValueError(f"the teacher has {teacher.num_classes} classes, --val {len(names)}")
         for name in names:
             (out / "train" / name).mkdir(parents=True, exist_ok=True)
-        file, text = out / "args.json", json.dumps({
-            k: v for k, v in vars(args).items() if k not in (*common.MAY_DIFFER, "synthesize")})
-        if file.exists() and file.read_text() != text:
-            raise ValueError(f"{out} holds images made with other settings: choose another folder")
-        if common.rank() == 0:
-            file.write_text(text)
     except (AttributeError, KeyError, OSError, RuntimeError, ValueError) as error:
         common.fail(f"--synthesize: {error}")
-
-    chosen = {name: vars(args)[name] for name in (
-        "steps", "half_steps", "image_lr", "tv", "bn", "divergence")}
+    args.out = args.synthesize
+    if not common.open_run(args) and common.rank() == 0:  # images of other settings do not mix
+        common.save_checkpoint(out / "last.pth", args=vars(args), log=[])
     settings = CIFAR if args.image_size <= 64 else {}
-    settings = {**settings, **{name: x for name, x in chosen.items() if x is not None}}
+    settings = {**settings, **{name: x for name, x in vars(args).items() if name in CIFAR}}
 
     def save(pixels, file):
         save_image(pixels, f"{file}.tmp", format="png")
@@ -807,16 +782,17 @@ def parse_args(argv=None):
     flag("--random-erasing", type=float, default=0.25, help="probability (%(default)s)")
     flag("--seed", type=int, default=0, help="weights, order, augmentation (%(default)s)")
 
-    flag = group("no real images", "Defaults: up to 64 px; above.").add_argument
+    flag = group("no real images", "(a; b): defaults up to 64 px; above.").add_argument
     flag("--synthesize", metavar="DIR", help="fill DIR/train; its classes have the names in --val")
     flag("--images-per-class", type=int, default=100, help="how many to make (%(default)s)")
     flag("--images-per-batch", type=int, default=128, help="how many at once (%(default)s)")
-    flag("--half-steps", type=int, help="steps at half size (0; 2000)")
-    flag("--steps", type=int, help="steps at full size (2000; 1000)")
-    flag("--image-lr", type=float, help="learning rate of the pixels (0.1; 0.25)")
-    flag("--tv", type=float, help="weight of total variation (2.5e-5; 1e-4)")
-    flag("--bn", type=float, help="weight of BatchNorm's statistics (0.2; 0.01)")
-    flag("--divergence", type=float, default=1.0, help="weight of L_bp (%(default)s)")
+    own = {"default": argparse.SUPPRESS}  # the defaults are those of synthesize()
+    flag("--half-steps", type=int, **own, help="steps at half size (0; 2000)")
+    flag("--steps", type=int, **own, help="steps at full size (2000; 1000)")
+    flag("--image-lr", type=float, **own, help="learning rate of the pixels (0.1; 0.25)")
+    flag("--tv", type=float, **own, help="weight of total variation (2.5e-5; 1e-4)")
+    flag("--bn", type=float, **own, help="weight of BatchNorm's statistics (0.2; 0.01)")
+    flag("--divergence", type=float, **own, help="weight of L_bp (1.0)")
 
     flag = group("run").add_argument
     flag("--amp", choices=("bf16", "fp16", "off"), help="precision (the fastest the device has)")

@@ -118,7 +118,7 @@ def test_gradients_of_both_stages():
     student = dearkd.ViT(16, 4, 24, 3, 3, 5, mhca_blocks=2)
     aligners = torch.nn.ModuleList([dearkd.Aligner(24, 16), dearkd.Aligner(24, 64)])
     model = dearkd.Distillation(student, aligners, [(0, 1), (1, 3)], args)
-    cnn = dearkd.Teacher(dearkd.make_cnn("cifar_resnet20", 10), "cifar_resnet20", 16)
+    cnn = dearkd.Teacher(dearkd.make_cnn("cifar_resnet20", 10))
     images, target = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 2, 3])
     with torch.no_grad():
         maps, logits = cnn.features(images)
