@@ -7,11 +7,11 @@ the idea of the intra-divergence loss. Ours: all formulas and defaults that fill
 DeepInversion (arXiv 1912.08795, code released) is its authors', except where CIFAR below says so.
 
 A CNN learns from few images; a ViT whose attention is free learns more from many. Therefore
-  - stage 1: early blocks learn the CNN's early maps (hints), the distillation token learns its
-    class. MHCA starts these blocks as convolutions, by a position term in their attention;
+  - stage 1: early blocks learn the CNN's early maps (hints), the distillation token its class;
+    MHCA, a position term in their attention, starts these blocks as convolutions;
   - stage 2: the labels alone. The CNN does not run, and attention may leave the neighbourhood.
-DF-DearKD does this without a real image: noise is optimised until the CNN sees a class in it and
-BatchNorm its usual statistics. The intra-divergence loss keeps images of a class apart.
+DF-DearKD uses no real image: noise is optimised until the CNN sees a class in it and BatchNorm its
+usual statistics. The intra-divergence loss keeps the images of a class apart.
 
 DeiT-T <- RegNetY-16GF on ImageNet-1k, 72.2 -> 74.8 % top-1 (paper), and demos for a laptop:
     torchrun --nproc_per_node 8 dearkd.py --data data/imagenet --student deit_t
@@ -66,11 +66,8 @@ class Aligner(nn.Module):
 
 
 def hint_loss(student_map, teacher_map):
-    """L_h of one hint, a scalar: the mean squared error over all elements.
-
-    student_map (B, C_t, g, g); teacher_map (B, C_t, h, h) is averaged to g x g if it is larger,
-    and enlarged bilinearly if it is smaller.
-    """
+    """L_h of one hint, a scalar: the mean squared error. student_map (B, C_t, g, g); teacher_map
+    (B, C_t, h, h) is averaged to g x g, or enlarged bilinearly if it is smaller."""
     g = student_map.shape[-1]
     mode = "area" if teacher_map.shape[-1] >= g else "bilinear"  # area: the mean
     return F.mse_loss(student_map.float(), F.interpolate(teacher_map.float(), (g, g), mode=mode))
@@ -241,11 +238,9 @@ def load_weights(vit, state):
 
 @torch.no_grad()
 def attention_distance(vit, images):
-    """Return how far the patches attend, in patches, for each block and head: (depth, H).
-
-    This is the mean over images and patches i of sum_j a_ij |p_i - p_j|, where p are positions on
-    the grid and a is the attention among patches alone. images (B, 3, S, S).
-    """
+    """Return how far the patches attend, in patches, for each block and head: (depth, H). It is the
+    mean over images and patches i of sum_j a_ij |p_i - p_j|: a is the attention among patches, p
+    are positions on the grid. images (B, 3, S, S)."""
     x = vit.embed(images)                                                   # (B, 2+N, D)
     position = torch.cartesian_prod(*[torch.arange(math.isqrt(x.shape[1]))] * 2).to(x)
     distance, rows = torch.cdist(position, position), []                    # (N, N)
@@ -598,10 +593,8 @@ def total_variation(x):
 
 def batch_norm_loss(inputs, first_weight=10.0):
     """Return sum_l w_l (|mu_l(x) - mu_l| + |var_l(x) - var_l|): statistics of a batch against those
-    that BatchNorm l has stored. w_0 = first_weight, the others 1; norms over channels.
-
-    inputs: {BatchNorm: its input (B, C, h, w)}, in the order of the network.
-    """
+    stored in BatchNorm l; norms over channels; w_0 = first_weight, the other weights are 1. inputs:
+    {BatchNorm: its input (B, C, h, w)}, in the order of the network."""
     distances = []
     for norm, x in inputs.items():
         x = x.permute(0, 2, 3, 1).flatten(0, 2)                             # (B*h*w, C)
@@ -710,10 +703,6 @@ def fill_folder(args, device):
     settings = CIFAR if args.image_size <= 64 else {}
     settings = {**settings, **{name: x for name, x in vars(args).items() if name in CIFAR}}
 
-    def save(pixels, file):
-        save_image(pixels, f"{file}.tmp", format="png")
-        os.replace(f"{file}.tmp", file)  # whole or not at all
-
     mean, std = (torch.tensor(x)[:, None, None] for x in (common.MEAN, common.STD))
     batches = plan_batches(len(names), args.images_per_class, args.images_per_batch, args.seed)
     for i in range(common.rank(), len(batches), common.world_size()):
@@ -724,10 +713,9 @@ def fill_folder(args, device):
         images = synthesize(teacher, labels, args.image_size, seed=hash((args.seed, i)),
                             autocast=autocast, **settings)
         pixels = images.cpu() * std + mean                                  # (B, 3, S, S) in [0, 1]
-        if common.rank() == 0:
-            save(pixels[:64], out / "preview.png")
-        for image, file in zip(pixels, files):
-            save(image, file)
+        for image, file in [(pixels[:64], out / "preview.png"), *zip(pixels, files)]:
+            save_image(image, out / f"{i}.tmp", format="png")
+            os.replace(out / f"{i}.tmp", file)  # whole or not at all
         common.say(f"batch {i + 1} of {len(batches)}: "
                    f"{len(files) / (time.time() - started):.3g} images/s")
 
