@@ -17,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import common
+import dearkd
 import vitkd
 
 # Optional real images and weights, one zip file or .pth each; tests that use them skip without.
@@ -65,13 +66,16 @@ def photos(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
-    """A small ViT of random weights, as a student.pth of vitkd.py: ten classes, 16 px."""
+    """A small ViT of random weights, as a student.pth of vitkd.py: ten classes, 16 px. Beside it
+    lies cnn.pth, a CNN of random weights, as dearkd.py --train-teacher writes them."""
     torch.manual_seed(1)
     arch = {"image_size": 16, "patch_size": 4, "dim": 48, "depth": 2, "num_heads": 4,
             "num_classes": 10}
     folder = tmp_path_factory.mktemp("teacher")
     common.save_checkpoint(folder / "student.pth", model=vitkd.ViT(**arch).state_dict(), arch=arch,
                            script="vitkd")
+    state = dearkd.make_cnn("cifar_resnet20", 10).state_dict()
+    common.save_checkpoint(folder / "cnn.pth", model=state, cnn="cifar_resnet20")
     return folder / "student.pth"
 
 

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import attndistill
 import common
+import dearkd
 import eval_knn
 import vitkd
 
@@ -150,12 +151,15 @@ def test_attention_is_float32_under_autocast():
 
 
 def test_what_is_the_same_in_the_methods_is_the_same_text():
-    for name in ("load_weights", "Attention.__init__"):
-        a, b = (inspect.getsource(eval(f"{m}.{name}")) for m in ("attndistill", "vitkd"))
+    for name, script in (("load_weights", "attndistill"), ("Attention.__init__", "attndistill"),
+                         ("Attention", "dearkd"), ("Block", "dearkd")):
+        a, b = (inspect.getsource(eval(f"{m}.{name}")) for m in (script, "vitkd"))
         assert a == b
-    ours, theirs = (inspect.getsource(module.train).splitlines() for module in (attndistill, vitkd))
-    own = [line for line in ours if line not in theirs]
-    assert len(own) < len(ours) / 3, "\n".join(own)
+    theirs = inspect.getsource(vitkd.train).splitlines()
+    for script in (attndistill, dearkd):
+        ours = inspect.getsource(script.train).splitlines()
+        own = [line for line in ours if line not in theirs]
+        assert len(own) < len(ours) / 3, "\n".join(own)
 
 
 # ------------------------------------------------------------------ the teacher

@@ -10,6 +10,7 @@ from torchvision import datasets
 
 import attndistill
 import common
+import dearkd
 import eval_knn
 import vitkd
 
@@ -147,7 +148,7 @@ def weights(tmp_path_factory):
     """A folder with a student.pth of each script."""
     folder = tmp_path_factory.mktemp("eval_knn")
     torch.manual_seed(1)
-    for script, num_classes in ((attndistill, 0), (vitkd, 3)):
+    for script, num_classes in ((attndistill, 0), (vitkd, 3), (dearkd, 3)):
         arch = {"image_size": 16, "patch_size": 4, "dim": 24, "depth": 2, "num_heads": 3,
                 "num_classes": num_classes}
         model = script.ViT(**arch)
@@ -162,7 +163,7 @@ def main(*words):
     eval_knn.main([str(word) for word in words])
 
 
-@pytest.mark.parametrize("script", [attndistill, vitkd])
+@pytest.mark.parametrize("script", [attndistill, vitkd, dearkd])
 def test_features_are_the_normed_class_tokens(script, weights, photos, capsys, monkeypatch):
     seen, vote = [], eval_knn.knn_predict
     monkeypatch.setattr(eval_knn, "knn_predict",
@@ -178,7 +179,7 @@ def test_features_are_the_normed_class_tokens(script, weights, photos, capsys, m
     saved = common.load_checkpoint(path)
     model = script.ViT(**saved["arch"])
     model.load_state_dict(saved["model"])
-    model.head = torch.nn.Identity()
+    model.head, model.num_classes = torch.nn.Identity(), 0
     val = datasets.ImageFolder(photos / "val", common.val_transform(16))
     with torch.no_grad():
         tokens = model.eval()(torch.stack([image for image, _ in val]))

@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attndistill
 import common
+import dearkd
 import vitkd
 
 
@@ -34,7 +35,17 @@ def attndistill_step():
     return model, teacher, "class_token_and_attention", lambda guide: (guide,)
 
 
-@pytest.mark.parametrize("build", [vitkd_step, attndistill_step])
+def dearkd_step():
+    """The same of dearkd.py, in stage 1."""
+    args = types.SimpleNamespace(label_smoothing=0.1, alpha=0.5, beta=10.0)
+    student = dearkd.ViT(32, 8, **dearkd.SIZES["micro"], mhca_blocks=4)
+    aligners = torch.nn.ModuleList([dearkd.Aligner(96, 64), dearkd.Aligner(96, 128)])
+    model = dearkd.Distillation(student, aligners, [(1, 1), (3, 2)], args)
+    teacher = dearkd.Teacher(dearkd.make_cnn("resnet18", 1000))
+    return model, teacher, "features", lambda guide: (torch.rand(4, 1000, device="cuda"), guide)
+
+
+@pytest.mark.parametrize("build", [vitkd_step, attndistill_step, dearkd_step])
 def test_a_step_on_fake_cuda_tensors(build):
     model, guide, method, inputs = build()
     guide.requires_grad_(False).eval()

@@ -4,21 +4,22 @@ import importlib
 import json
 import shutil
 import time
-import zipfile
 
 import pytest
 import torch
-from conftest import DATA, PLAIN, ROOT, TINY, run, start
+from conftest import PLAIN, ROOT, TINY, run, start
 
 import common
 import vitkd
 
-SCRIPTS = ["vitkd", "attndistill"]
+SCRIPTS = ["vitkd", "attndistill", "dearkd"]
 
 
 def flags(script, teacher, out, *more):
     """A run of 160 shapes, ten steps an epoch; later flags override earlier ones."""
-    own = PLAIN if script == "vitkd" else []
+    own = [] if script == "attndistill" else PLAIN
+    if script == "dearkd" and teacher != "none":
+        teacher = teacher.with_name("cnn.pth")
     words = [*TINY, *own, "--data", "shapes", "--data-fraction", "0.04", "--eval-every", 100,
              "--teacher", teacher, "--out", out, *more]
     return [str(word) for word in words]
@@ -42,7 +43,8 @@ def student(out):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_and_what_it_leaves(script, teacher, tmp_path, capsys):
     before = common.load_checkpoint(teacher)["model"]
-    main(script, *flags(script, teacher, tmp_path / "run", "--epochs", 3))
+    own = ["--stage1-epochs", 3] if script == "dearkd" else []
+    main(script, *flags(script, teacher, tmp_path / "run", "--epochs", 3, *own))
     out = capsys.readouterr().out.splitlines()
     assert out[0].startswith("CPU") and "1 process(es), amp off" in out[0]
     assert out[-1].endswith("left 0:00:00") or "k-NN" in out[-1]
@@ -50,7 +52,7 @@ def test_a_run_and_what_it_leaves(script, teacher, tmp_path, capsys):
         "last.pth", "student.pth", "log.jsonl", "args.json"}
     log = records(tmp_path / "run")
     terms = {"vitkd": ["ce", "mimicking", "generation", "nkd"],
-             "attndistill": ["alignment", "guidance"]}[script]
+             "attndistill": ["alignment", "guidance"], "dearkd": ["ce", "logits", "hints"]}[script]
     assert [record["epoch"] for record in log] == [1, 2, 3]
     for record in log:
         assert {*terms, "lr", "images_per_second", "peak_memory_gb", "skipped_steps",
@@ -88,8 +90,8 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(script, teacher, tm
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_processes_and_chunks_give_the_gradient_of_one_batch(script, teacher, tmp_path):
     """After one step AdamW's first moment is a tenth of the gradient: compare those."""
-    # All tokens masked, since each process draws its own masks
-    own = {"vitkd": ["--mask-ratio", 1], "attndistill": []}[script]
+    # All tokens masked and no dropout, since each process draws its own
+    own = {"vitkd": ["--mask-ratio", 1], "attndistill": [], "dearkd": ["--pos-dropout", 0]}[script]
     moments = {}
     for name, command, more in (("whole", main, []), ("chunks", main, ["--accum", 4]),
                                 ("processes", run, ["--accum", 2])):
@@ -233,7 +235,7 @@ def test_alpha_and_beta_keep_the_papers_weight_of_an_element(teacher, tmp_path, 
 @pytest.mark.parametrize("more, message", [
     (["--data", "nowhere"], "--data nowhere: .*nowhere/train"),
     (["--data", "differ"], "only one of training and validation: bee, wasp"),
-    (["--teacher", "resnet50"], "no teacher resnet50: choose "),
+    (["--teacher", "vgg16"], "no teacher vgg16: choose "),
     (["--teacher", "cut.pth"], "cut.pth is missing, damaged, or holds code"),
     (["--student", "huge"], "invalid choice: 'huge' .choose from"),
     (["--init", "cut.pth"], "cut.pth is missing, damaged"),
@@ -294,19 +296,7 @@ def test_demo(script):
 def test_nothing_recompiles(script, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
     torch._dynamo.reset()
-    main(script, *flags(script, teacher, tmp_path, "--compile", "--amp", "bf16", "--epochs", 3))
+    own = ["--stage1-epochs", 3] if script == "dearkd" else []  # stage 2 is another graph
+    main(script, *flags(script, teacher, tmp_path, "--compile", "--amp", "bf16", "--epochs", 3,
+                        *own))
     assert len(records(tmp_path)) == 3
-
-
-@pytest.mark.slow
-def test_real_images_through_the_ordinary_command(tmp_path):
-    if not (DATA / "cifar10_val.zip").exists():
-        pytest.skip(f"no {DATA}/cifar10_val.zip")
-    zipfile.ZipFile(DATA / "cifar10_val.zip").extractall(tmp_path)
-    data = tmp_path / "cifar10"
-    shutil.copytree(data / "val", data / "train")
-    words = ["--data", data, "--student", "micro", "--image-size", 32, "--patch-size", 4,
-             "--batch-size", 128, "--epochs", 2, "--workers", 2]
-    run("vitkd.py", *words, "--teacher", "none", "--out", tmp_path / "t")
-    run("vitkd.py", *words, "--teacher", tmp_path / "t" / "student.pth", "--out", tmp_path / "s")
-    assert records(tmp_path / "s")[1]["ce"] < records(tmp_path / "s")[0]["ce"]
