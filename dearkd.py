@@ -21,7 +21,6 @@ DeiT-T <- RegNetY-16GF on ImageNet-1k, 72.2 -> 74.8 % top-1 (paper), and demos f
 
 import argparse
 import contextlib
-import json
 import math
 import os
 import tempfile
@@ -824,10 +823,9 @@ def demo(args, device):
             student = f"--teacher {cnn} --epochs 40 --val {out}/val --data {out}/made"
             rows[1:] = [("", fill_folder, f"{images}0 --divergence 0"),
                         ("student, DeepInversion", train, f"{student}0"),
-                        ("", fill_folder, f"{images}1"), ("student, DF-DearKD", train, f"{student}1")]
-            shapes = common.Shapes(500, 32, 1000)
-            for i in range(len(shapes)):
-                image, label = shapes[i]
+                        ("", fill_folder, f"{images}1"),
+                        ("student, DF-DearKD", train, f"{student}1")]
+            for i, (image, label) in zip(range(500), common.Shapes(500, 32, 1000)):
                 Path(f"{out}/val/{label}").mkdir(parents=True, exist_ok=True)
                 save_image(image / 255, f"{out}/val/{label}/{i}.png")
         for number, (name, run, more) in enumerate(rows):

@@ -8,13 +8,12 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import DATA, ROOT
+from conftest import ROOT
 from PIL import Image
 from torch.utils.data import TensorDataset
 from torchvision import datasets
@@ -141,19 +140,6 @@ def test_shapes_are_balanced_and_reproducible():
     assert np.bincount([train[i][1] for i in range(40)]).tolist() == [4] * 10
     for i in range(40):  # two colours; a hollow flower leaves more of the ground
         assert len(train[i][0].flatten(1).unique(dim=1).T) == 2
-
-
-def test_real_images_greyscale_ones_among_them(tmp_path):
-    if not (DATA / "tiny_imagenet20.zip").exists():
-        pytest.skip(f"no {DATA}/tiny_imagenet20.zip")
-    with zipfile.ZipFile(DATA / "tiny_imagenet20.zip") as archive:
-        archive.extractall(tmp_path, [n for n in archive.namelist() if "/val/" in n])
-    folder = datasets.ImageFolder(next(tmp_path.rglob("val")))
-    dataset = common.Images(folder, range(len(folder)), common.val_transform(64))
-    assert len(dataset) == 1000
-    grey = [Image.open(path).mode == "L" for path, _ in folder.samples]
-    assert any(grey)
-    assert all(dataset[i][0].shape == (3, 64, 64) for i in np.flatnonzero(grey))
 
 
 # ------------------------------------------------------------------ schedule

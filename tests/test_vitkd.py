@@ -285,46 +285,6 @@ def test_initialisation_is_truncated_normal():
     assert not model.blocks[1].attn.qkv.bias.any()
 
 
-def test_position_embedding_is_resized_bicubically():
-    state, larger = vitkd.ViT(16, 4, 8, 1, 2, 5).state_dict(), vitkd.ViT(32, 4, 8, 1, 2, 5)
-    x = torch.linspace(-1, 1, 4)
-    state["pos_embed"][0, 1:] = (x[:, None] + 2 * x[None, :]).reshape(16, 1)
-    vitkd.load_weights(larger, state)
-    assert torch.equal(larger.pos_embed[:, 0], state["pos_embed"][:, 0])
-    grid = larger.pos_embed[0, 1:, 0].view(8, 8)
-    # Away from the borders a ramp stays close to a ramp, at half the step (kernel a = -0.75)
-    steps = (grid[3:5, 3:5][:, 1] - grid[3:5, 3:5][:, 0]).mean()
-    assert steps.item() == pytest.approx(2 * (x[1] - x[0]).item() / 2, rel=0.2)
-    vitkd.load_weights(larger, larger.state_dict())  # same size: the same bits
-    assert torch.equal(grid, larger.pos_embed[0, 1:, 0].view(8, 8))
-
-
-def test_a_student_becomes_a_teacher_at_another_size(tmp_path):
-    arch = {"image_size": 16, "patch_size": 4, "dim": 24, "depth": 2, "num_heads": 3,
-            "num_classes": 5}
-    student = vitkd.ViT(**arch).eval()
-    common.save_checkpoint(tmp_path / "student.pth", model=student.state_dict(), arch=arch,
-                           script="vitkd")
-    same = vitkd.load_teacher(str(tmp_path / "student.pth"), num_classes=5, image_size=16)
-    images = torch.randn(2, 3, 16, 16)
-    assert torch.equal(same(images), student(images))
-    other = vitkd.load_teacher(str(tmp_path / "student.pth"), num_classes=5, image_size=32)
-    assert other(torch.randn(2, 3, 32, 32)).shape == (2, 5)
-
-
-def test_wrong_teachers_say_what_is_wrong(tmp_path):
-    torch.save({"model": released_state(192, 2, False)}, tmp_path / "shallow.pth")
-    torch.save({"fc.weight": torch.zeros(1)}, tmp_path / "resnet.pth")
-    for name, weights, classes, message in (
-            ("resnet50", None, 1000, "no teacher resnet50: choose deit_t, deit_s"),
-            ("deit_t", "none.pth", 1000, "none.pth is missing"),
-            ("deit_t", "resnet.pth", 1000, "Missing key.*Unexpected key.*fc.weight"),
-            ("deit_t", "shallow.pth", 1000, "Missing key.*blocks.2.norm1.weight"),
-            ("deit_t", "shallow.pth", 20, "size mismatch for head.weight")):
-        with pytest.raises((ValueError, RuntimeError), match=f"(?s){message}"):
-            vitkd.load_teacher(name, weights and tmp_path / weights, classes)
-
-
 def test_real_deit_t_recognises_the_photos(tmp_path):
     """Real ImageNet weights on real photos: 74 of 96 right at 224 px."""
     weights, photos = DATA / "deit_tiny_imagenet.pth", DATA / "imagenet_photos.zip"
