@@ -24,7 +24,7 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # this process's number on its machine
 WORKERS = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 MAY_DIFFER = ("data", "val", "init", "teacher_weights", "workers", "accum", "compile", "out",
-              "resume", "eval_every")  # settings that may change when a run is resumed
+              "resume", "eval_every", "synthesize")  # what may change when a run is resumed
 
 # ------------------------------------------------------------------ processes
 
@@ -300,7 +300,8 @@ def load_checkpoint(path):
 
 def check_args(args, limits):
     """End the program if a number is not within limits[name], by default >= 0, counts >= 1."""
-    counts = ("batch_size", "accum", "epochs", "image_size", "patch_size", "eval_every")
+    counts = ("batch_size", "accum", "epochs", "image_size", "patch_size", "eval_every",
+              "images_per_class", "images_per_batch")
     limits = {"data_fraction": (1e-6, 1), "crop_scale": (1e-6, 1), "lr": (1e-12, 1e3), **limits}
     for name, value in vars(args).items():
         low, high = limits.get(name, (int(name in counts), math.inf))

@@ -15,8 +15,7 @@ usual statistics. The intra-divergence loss keeps the images of a class apart.
 
 DeiT-T <- RegNetY-16GF on ImageNet-1k, 72.2 -> 74.8 % top-1 (paper), and demos for a laptop:
     torchrun --nproc_per_node 8 dearkd.py --data data/imagenet --student deit_t
-    python dearkd.py --demo
-    python dearkd.py --demo-data-free
+    python dearkd.py --demo                  # or --demo-data-free
 """
 
 import argparse
@@ -333,18 +332,17 @@ def load_teacher(name, weights=None, num_classes=1000):
 
     name: one of CNNS, its weights read from the file `weights` or else downloaded; or the path of a
     student.pth of --train-teacher. num_classes None: as many as the weights have. Raises ValueError
-    (unknown name, unreadable weights) or RuntimeError (another model or class count: torch names
-    the keys).
+    (name, unreadable file) or RuntimeError (another model or class count: torch names the keys).
     """
     if name in CNNS:
         if not (weights or name.startswith("cifar")):
             weights = models.get_model_weights(name).DEFAULT.url
-        saved = common.load_checkpoint(weights or "--teacher-weights")
+        saved = common.load_checkpoint(weights or "--teacher-weights")  # the error says what lacks
     elif Path(name).is_file() and not weights:
         saved = common.load_checkpoint(name)
-        name = saved.get("cnn", f"in {name}: it was not written by --train-teacher")
+        name = saved.get("cnn", f"{name} (not written by --train-teacher)")
     if name not in CNNS:
-        raise ValueError(f"no teacher {name}: choose {', '.join(CNNS)}, none, or a student.pth")
+        raise ValueError(f"no teacher {name}: choose {', '.join(CNNS)}, or a student.pth")
     state = saved.get("model", saved.get("state_dict", saved))
     state = {key.removeprefix("module."): value for key, value in state.items()}
     bias = state.get("fc.bias", state.get("linear.bias", []))
@@ -427,7 +425,7 @@ def train(args, device):
             aligners.extend(Aligner(arch["dim"], maps[stage - 1].shape[1]) for _, stage in hints)
             teacher.to(device)
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        common.fail(f"--init, --teacher or --hints: {error}")
+        common.fail(f"--init, --teacher or --hints (block:stage,...): {error}")
     model = Distillation(student, aligners, hints, args).to(device)
     ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))  # 0: just a copy
 
@@ -456,7 +454,7 @@ def train(args, device):
     for epoch in range(first_epoch, args.epochs):
         # Stage 1 has the teacher. In stage 2 it does not run, and its aligners are not trained
         stage = 1 if teacher and epoch < args.stage1_epochs else 2
-        if epoch in (first_epoch, args.stage1_epochs):  # DDP must know what is trained
+        if epoch in (first_epoch, args.stage1_epochs):  # DDP waits for all that needs a gradient
             aligners.requires_grad_(stage == 1)
             ddp = DDP(model, gradient_as_bucket_view=True) if common.world_size() > 1 else model
 
@@ -548,7 +546,7 @@ def train_cnn(args, device):
         train_set.epoch.fill_(epoch)
         ddp.train()
         started, total = time.time(), 0
-        for step, (images, target) in enumerate(tqdm(loader, leave=False, disable=None)):
+        for step, (images, target) in enumerate(loader):
             for group in optimizer.param_groups:
                 group["lr"] = common.learning_rate(epoch + (step + 1) / len(loader), args)
             with autocast():
@@ -560,10 +558,10 @@ def train_cnn(args, device):
             optimizer.zero_grad()
             total += loss.detach()
         for buffer in cnn.buffers() if ddp is not cnn else []:
-            torch.distributed.broadcast(buffer, 0)  # each process has its own BatchNorm statistics
-        losses = common.mean_losses({"ce": total}, len(loader), device)
+            torch.distributed.broadcast(buffer, 0)  # BatchNorm's differ after the last step
         top1, _ = common.evaluate(cnn, val_batches, device, autocast)
-        log.append({"epoch": epoch + 1, **losses, "top1": top1, "seconds": time.time() - started})
+        log.append({"epoch": epoch + 1, "ce": total.item() / len(loader), "top1": top1,
+                    "seconds": time.time() - started})
         common.log_epoch(args, log)
         if common.rank() == 0:
             state = {name: part.state_dict() for name, part in resumed.items()}
@@ -575,9 +573,9 @@ def train_cnn(args, device):
 
 # ------------------------------------------------------------------ no real images: DF-DearKD
 
-# What synthesize() takes up to 64 px; its defaults are for ImageNet. image_lr, betas, tv, l2 and
+# Settings of synthesize() up to 64 px; its defaults are for ImageNet. image_lr, betas, tv, l2 and
 # jitter are the authors'. Ours are bn (theirs: 10 or 100) and first_bn (theirs: 1). Ours, too, are
-# the schedule, the clipping and the flips at this size: the authors have them for ImageNet alone.
+# the schedule, the clipping and the flips at this size: the authors use them for ImageNet alone.
 CIFAR = {"half_steps": 0, "steps": 2000, "image_lr": 0.1, "betas": (0.9, 0.999), "tv": 2.5e-5,
          "l2": 0.0, "bn": 0.2, "first_bn": 10.0, "jitter": 2, "divergence": 1.0}
 
@@ -596,6 +594,7 @@ def batch_norm_loss(inputs, first_weight=10.0):
     {BatchNorm: its input (B, C, h, w)}, in the order of the network."""
     distances = []
     for norm, x in inputs.items():
+        # No float32 copy of x: it costs a third of a step, and the mean removes errors of x * x
         x = x.permute(0, 2, 3, 1).flatten(0, 2)                             # (B*h*w, C)
         mean = x.mean(0, dtype=torch.float32)                               # (C,)
         var = (x * x).mean(0, dtype=torch.float32) - mean.square()          # (C,)
@@ -612,8 +611,8 @@ def synthesize(teacher, labels, image_size, half_steps=2000, steps=1000, image_l
         CE + tv TV(x) + l2 mean_i |x_i| + bn sum_l w_l (...) + divergence L_bp,
     first with the images average-pooled by 2, for half_steps, then at full size. In each step the
     CNN sees them rolled by up to `jitter` pixels, and flipped or not. S = image_size. The images
-    are normalised by common.MEAN and STD. The teacher is not changed. Raises FloatingPointError if
-    the images become NaN. The defaults are the authors' for the first weights (V1) of ResNet-50.
+    are normalised by common.MEAN and STD. The teacher is not changed. The defaults are the authors'
+    for torchvision's first weights (V1) of ResNet-50, which must be given as a file or URL.
     """
     generator = torch.Generator().manual_seed(seed)
     mean, std = (torch.tensor(x, device=labels.device)[:, None, None]
@@ -658,14 +657,12 @@ def synthesize(teacher, labels, image_size, half_steps=2000, steps=1000, image_l
                 images.clamp_(black, white)
     for hook in hooks:
         hook.remove()
-    if not images.isfinite().all():
-        raise FloatingPointError("the images became NaN: try a lower --image-lr, or --amp off")
     return images.detach()
 
 
 def plan_batches(num_classes, images_per_class, batch_size, seed):
     """Return [[(class, number), ...], ...]: every image once; at least four of a class together,
-    if there are so many, since the intra-divergence loss compares class-mates."""
+    if it has that many, since the intra-divergence loss compares class-mates."""
     generator = np.random.default_rng(seed)
     parts = np.array_split(np.arange(images_per_class), max(1, images_per_class // 4))
     groups = [[(int(c), int(n)) for n in part]
@@ -682,8 +679,9 @@ def fill_folder(args, device):
     with --resume the same command continues after a kill, and ends with the same files.
     """
     autocast, _ = common.precision(args, device)
-    if args.amp == "fp16":
-        common.fail("--synthesize: pixels have gradients too small for fp16, use --amp bf16 or off")
+    if args.amp == "fp16":  # too coarse for the gradients of pixels
+        args.amp = "off"
+        autocast, _ = common.precision(args, device)
     out = Path(args.synthesize)
     try:
         teacher = load_teacher(args.teacher, args.teacher_weights, None).to(device)
@@ -697,7 +695,8 @@ def fill_folder(args, device):
     except (AttributeError, KeyError, OSError, RuntimeError, ValueError) as error:
         common.fail(f"--synthesize: {error}")
     args.out = args.synthesize
-    if not common.open_run(args) and common.rank() == 0:  # images of other settings do not mix
+    new, = common.sum_over_processes([not common.open_run(args)], device)  # waits for all
+    if new and common.rank() == 0:  # images of other settings do not mix
         common.save_checkpoint(out / "last.pth", args=vars(args), log=[])
     settings = CIFAR if args.image_size <= 64 else {}
     settings = {**settings, **{name: x for name, x in vars(args).items() if name in CIFAR}}
@@ -711,6 +710,8 @@ def fill_folder(args, device):
         started, labels = time.time(), torch.tensor([c for c, _ in batches[i]], device=device)
         images = synthesize(teacher, labels, args.image_size, seed=hash((args.seed, i)),
                             autocast=autocast, **settings)
+        if not images.isfinite().all():
+            common.fail("the images became NaN: try a lower --image-lr, or --amp off")
         pixels = images.cpu() * std + mean                                  # (B, 3, S, S) in [0, 1]
         for image, file in [(pixels[:64], out / "preview.png"), *zip(pixels, files)]:
             save_image(image, out / f"{i}.tmp", format="png")
@@ -738,15 +739,15 @@ def parse_args(argv=None):
 
     flag = group("models", f"Teachers: {', '.join(CNNS)}, a student.pth, none.").add_argument
     flag("--student", choices=SIZES, default="deit_t", help="the ViT to train (%(default)s)")
-    flag("--init", metavar="FILE", help="student.pth to start from; heads of another size are new")
+    flag("--init", metavar="FILE", help="student.pth to start from; a head of another size is new")
     flag("--teacher", default="regnet_y_16gf", help="a name or a path, see above (%(default)s)")
-    flag("--teacher-weights", metavar="FILE", help="the named teacher's weights (else downloaded)")
-    flag("--train-teacher", choices=CNNS, metavar="CNN", help="train it, without MixUp and CutMix")
+    flag("--teacher-weights", metavar="FILE", help="file or URL with its weights (torchvision's)")
+    flag("--train-teacher", choices=CNNS, metavar="CNN", help="train it (no MixUp, no --accum)")
     flag("--patch-size", type=int, default=16, help="of the student, in pixels (%(default)s)")
     flag("--mhca-blocks", type=int, default=4, help="first blocks with MHCA (%(default)s)")
     flag("--pos-dropout", type=float, default=0.1, help="of MHCA's position term (%(default)s)")
 
-    flag = group("loss", "Blocks count from 0, stages of the CNN from 1.").add_argument
+    flag = group("loss", "Blocks are numbered from 0, stages of the CNN from 1.").add_argument
     flag("--stage1-epochs", type=int, help="epochs with the teacher (epochs * 5 / 6)")
     flag("--hints", default="1:1,3:2", help="block:stage,... or none (%(default)s)")
     flag("--alpha", type=float, default=0.5, help="weight of the teacher's class (%(default)s)")
@@ -769,8 +770,8 @@ def parse_args(argv=None):
     flag("--random-erasing", type=float, default=0.25, help="probability (%(default)s)")
     flag("--seed", type=int, default=0, help="weights, order, augmentation (%(default)s)")
 
-    flag = group("no real images", "(a; b): defaults up to 64 px; above.").add_argument
-    flag("--synthesize", metavar="DIR", help="fill DIR/train; its classes have the names in --val")
+    flag = group("no real images", "Defaults (a; b): a up to 64 px, b above.").add_argument
+    flag("--synthesize", metavar="DIR", help="fill DIR/train; class folders are named as in --val")
     flag("--images-per-class", type=int, default=100, help="how many to make (%(default)s)")
     flag("--images-per-batch", type=int, default=128, help="how many at once (%(default)s)")
     own = {"default": argparse.SUPPRESS}  # the defaults are those of synthesize()
@@ -788,25 +789,24 @@ def parse_args(argv=None):
     flag("--resume", action="store_true", help="continue the run in --out, if there is one")
     flag("--eval-every", type=int, default=1, help="epochs between evaluations (%(default)s)")
     flag("--demo", action="store_true", help="a small CNN, student alone, student distilled")
-    flag("--demo-data-free", action="store_true", help="the same on images made from the CNN")
+    flag("--demo-data-free", action="store_true", help="students on images made from the CNN")
     args = parser.parse_args(argv)
 
     if args.train_teacher or args.synthesize:
-        args.patch_size = 1  # a CNN has no patches
+        args.patch_size = 1  # a CNN has no patches: any --image-size will do
     if args.stage1_epochs is None:
         args.stage1_epochs = round(args.epochs * 5 / 6)
     common.check_args(args, {
         "label_smoothing": (0, 1), "rand_augment": (0, 10), "random_erasing": (0, 1),
         "alpha": (0, 1), "pos_dropout": (0, 1), "mhca_blocks": (0, SIZES[args.student]["depth"]),
-        "stage1_epochs": (0, args.epochs), "images_per_class": (1, math.inf),
-        "images_per_batch": (8, math.inf)})
+        "stage1_epochs": (0, args.epochs)})
     args.lr = args.lr or 1e-3 * math.sqrt(args.batch_size / 1024)
     return args
 
 
 def demo(args, device):
-    """Train a CNN on shapes, then students: alone and with DearKD; or, data-free, on images made
-    from the CNN without and with L_bp. Print their top-1 on real shapes."""
+    """Train a CNN on shapes, then a student alone and one with DearKD; or, data-free, students on
+    images made from the CNN, without and with L_bp. Print their top-1 on real shapes."""
     if common.world_size() > 1:
         common.fail("a demo runs in one process, without torchrun")
     flags = ("--data shapes --image-size 32 --patch-size 4 --student micro --batch-size 50 "
@@ -826,8 +826,8 @@ def demo(args, device):
                         ("", fill_folder, f"{images}1"),
                         ("student, DF-DearKD", train, f"{student}1")]
             for i, (image, label) in zip(range(500), common.Shapes(500, 32, 1000)):
-                Path(f"{out}/val/{label}").mkdir(parents=True, exist_ok=True)
-                save_image(image / 255, f"{out}/val/{label}/{i}.png")
+                Path(f"{out}/val/{label:03d}").mkdir(parents=True, exist_ok=True)
+                save_image(image / 255, f"{out}/val/{label:03d}/{i}.png")
         for number, (name, run, more) in enumerate(rows):
             record = run(parse_args(f"{flags} {more} --out {out}/{number}".split()), device)
             if name:

@@ -164,7 +164,7 @@ def test_wrong_cnns_say_what_is_wrong(tmp_path, teacher):
             ("cifar_resnet56", None, "--teacher-weights is missing"),
             ("resnet18", tmp_path / "x.pth", "Missing key.*conv1.weight"),
             (str(teacher.with_name("cnn.pth")), None, "size mismatch for linear.weight"),
-            (str(teacher), None, "was not written by --train-teacher")):
+            (str(teacher), None, "not written by --train-teacher")):
         with pytest.raises((ValueError, RuntimeError), match=f"(?s){message}"):
             dearkd.load_teacher(name, weights, num_classes=7)
 
@@ -266,9 +266,8 @@ def test_init_keeps_weights_and_makes_new_heads(photos, teacher, tmp_path):
 
 @pytest.mark.parametrize("more, message", [
     (["--hints", "1:9"], "there are blocks 0 to 5 and stages 1 to 3"),
-    (["--hints", "early"], "--init, --teacher or --hints: "),
+    (["--hints", "early"], "or --hints .block:stage,...."),
     (["--stage1-epochs", 3], "--stage1-epochs 3 is not between 0 and 2"),
-    (["--synthesize", "x", "--amp", "fp16"], "too small for fp16"),
     (["--synthesize", "x", "--val", "/proc"], "the teacher has 10 classes, --val")])
 def test_wrong_input(more, message, teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
