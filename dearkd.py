@@ -533,8 +533,7 @@ def train_cnn(args, device):
     val_batches = common.make_loader(val_set, args, train=False)
     torch.manual_seed(args.seed)
     cnn = make_cnn(args.train_teacher, num_classes).to(device, memory_format=torch.channels_last)
-    groups = common.parameter_groups(cnn, args.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=args.lr, fused=True)
+    optimizer = torch.optim.AdamW(common.parameter_groups(cnn, args.weight_decay), fused=True)
     resumed, log = {"model": cnn, "optimizer": optimizer, "scaler": scaler}, []
     if checkpoint := common.open_run(args):
         log = checkpoint["log"]
