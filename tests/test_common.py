@@ -1,7 +1,6 @@
 """common.py: data, schedule, checkpoints."""
 
 import argparse
-import math
 import os
 import pickle
 import signal
@@ -220,9 +219,3 @@ def test_what_dinos_training_checkpoints_hold_is_read(tmp_path):
     torch.save({"args": settings, "lr": np.float64(0.25)}, tmp_path / "dino.pth")
     read = common.load_checkpoint(tmp_path / "dino.pth")
     assert read["args"].arch == "vit_small" and read["lr"] == 0.25
-
-
-def test_losses_are_means_over_steps():
-    totals = {"ce": torch.tensor(6.0), "nkd": torch.tensor(3.0)}
-    assert common.mean_losses(totals, 4, "cpu") == {"ce": 1.5, "nkd": 0.75}
-    assert math.isclose(sum(common.sum_over_processes([0.1] * 3, "cpu")), 0.3)
