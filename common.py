@@ -327,7 +327,7 @@ def open_run(args):
                        if name not in MAY_DIFFER and value != checkpoint["args"].get(name)]
             if changed:
                 fail(f"{last} was written with other settings: {'; '.join(changed)}")
-            say(f"continuing after epoch {len(checkpoint['log'])} of {args.epochs}")
+            say(f"continuing the run in {args.out}")
         if rank() == 0:
             last.parent.mkdir(parents=True, exist_ok=True)
             (last.parent / "args.json").write_text(json.dumps(vars(args), indent=1))

@@ -16,6 +16,8 @@ usual statistics. The intra-divergence loss keeps the images of a class apart.
 DeiT-T <- RegNetY-16GF on ImageNet-1k, 72.2 -> 74.8 % top-1 (paper), and demos for a laptop:
     torchrun --nproc_per_node 8 dearkd.py --data data/imagenet --student deit_t
     python dearkd.py --demo                  # or --demo-data-free
+Measured: CIFAR-10, 10,000 images, micro <- ResNet-56, seeds 0 to 2: 51.1 % top-1, 43.0 % alone
+(one AMD EPYC core, bf16, 2026-11-25; tests/evidence/dearkd_hints.log).
 """
 
 import argparse
@@ -593,7 +595,7 @@ def batch_norm_loss(inputs, first_weight=10.0):
     {BatchNorm: its input (B, C, h, w)}, in the order of the network."""
     distances = []
     for norm, x in inputs.items():
-        # No float32 copy of x: it costs a third of a step, and the mean removes errors of x * x
+        # No float32 copy of x, which is slow: the mean averages out the rounding of x * x
         x = x.permute(0, 2, 3, 1).flatten(0, 2)                             # (B*h*w, C)
         mean = x.mean(0, dtype=torch.float32)                               # (C,)
         var = (x * x).mean(0, dtype=torch.float32) - mean.square()          # (C,)
@@ -788,7 +790,7 @@ def parse_args(argv=None):
     flag("--resume", action="store_true", help="continue the run in --out, if there is one")
     flag("--eval-every", type=int, default=1, help="epochs between evaluations (%(default)s)")
     flag("--demo", action="store_true", help="a small CNN, student alone, student distilled")
-    flag("--demo-data-free", action="store_true", help="students on images made from the CNN")
+    flag("--demo-data-free", action="store_true", help="a small CNN, images made from it")
     args = parser.parse_args(argv)
 
     if args.train_teacher or args.synthesize:
@@ -804,8 +806,8 @@ def parse_args(argv=None):
 
 
 def demo(args, device):
-    """Train a CNN on shapes, then a student alone and one with DearKD; or, data-free, students on
-    images made from the CNN, without and with L_bp. Print their top-1 on real shapes."""
+    """Train a CNN on shapes, then a student alone and one with DearKD; or, data-free, make images
+    from the CNN without and with L_bp. Print top-1 and how far apart the images of a class are."""
     if common.world_size() > 1:
         common.fail("a demo runs in one process, without torchrun")
     flags = ("--data shapes --image-size 32 --patch-size 4 --student micro --batch-size 50 "
@@ -815,22 +817,23 @@ def demo(args, device):
     with tempfile.TemporaryDirectory() as out:
         cnn = f"{out}/0/student.pth"
         rows = [("CNN", train_cnn, "--train-teacher cifar_resnet20 --epochs 5"),
-                ("student alone", train, "--teacher none --mhca-blocks 0 --epochs 8"),
-                ("student, DearKD", train, f"--teacher {cnn} --epochs 8")]
-        if args.demo_data_free:
-            images = f"--teacher {cnn} --images-per-class 24 --steps 100 --synthesize {out}/made"
-            student = f"--teacher {cnn} --epochs 40 --val {out}/val --data {out}/made"
-            rows[1:] = [("", fill_folder, f"{images}0 --divergence 0"),
-                        ("student, DeepInversion", train, f"{student}0"),
-                        ("", fill_folder, f"{images}1"),
-                        ("student, DF-DearKD", train, f"{student}1")]
-            for i, (image, label) in zip(range(500), common.Shapes(500, 32, 1000)):
-                Path(f"{out}/val/{label:03d}").mkdir(parents=True, exist_ok=True)
-                save_image(image / 255, f"{out}/val/{label:03d}/{i}.png")
-        for number, (name, run, more) in enumerate(rows):
+                ("student alone", train, "--teacher none --mhca-blocks 0 --epochs 6"),
+                ("student, DearKD", train, f"--teacher {cnn} --epochs 6")]
+        for number, (name, run, more) in enumerate(rows[:1] if args.demo_data_free else rows):
             record = run(parse_args(f"{flags} {more} --out {out}/{number}".split()), device)
-            if name:
-                table.append(f"{name:24s} top-1 {record['top1']:5.1f} %")
+            table.append(f"{name:24s} top-1 {record['top1']:5.1f} %")
+        teacher, labels = load_teacher(cnn, None, 10).to(device), torch.arange(120) % 10
+    if args.demo_data_free:
+        for name, weight in (("DeepInversion", 0), ("DF-DearKD", 1)):
+            # Few steps, flat shapes: less of BatchNorm, more of total variation than for photos
+            settings = {**CIFAR, "steps": 150, "bn": 0.05, "tv": 0.03, "divergence": weight}
+            images = synthesize(teacher, labels.to(device), 32, seed=args.seed, **settings)
+            with torch.no_grad():
+                maps, logits = teacher.features(images)
+            f = F.normalize(maps[-1].mean((2, 3)), dim=1).cpu()             # (120, 64)
+            apart = torch.cdist(f, f)[labels[:, None] == labels].sum() / (120 * 11)
+            top1 = 100 * (logits.argmax(1).cpu() == labels).float().mean()
+            table.append(f"{name:16s} images: top-1 of the CNN {top1:5.1f} %, distance {apart:.3f}")
     common.say("\n" + "\n".join(table))
 
 

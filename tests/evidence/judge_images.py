@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torchvision import datasets
+from torchvision.transforms import v2
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -23,8 +24,9 @@ import dearkd
 folder, each = sys.argv[1], int(sys.argv[2]) if sys.argv[2:] else 200
 teacher = dearkd.load_teacher("cifar_resnet56", "data/cifar_resnet56.pth", 10)
 verifier = dearkd.load_teacher("out/study/verifier/student.pth", None, 10)
-# Whole images: the crop takes the full area
-images = datasets.ImageFolder(folder, common.train_transform(32, (1.0, 1.0)))
+images = datasets.ImageFolder(folder, v2.Compose([
+    v2.PILToTensor(), v2.ToDtype(torch.float32, scale=True),
+    v2.Normalize(common.MEAN, common.STD)]))
 targets = torch.tensor(images.targets)
 chosen = torch.cat([(targets == c).nonzero()[:each, 0] for c in range(10)])
 x, labels = torch.stack([images[i][0] for i in chosen.tolist()]), targets[chosen]
