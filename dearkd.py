@@ -817,8 +817,8 @@ def demo(args, device):
     with tempfile.TemporaryDirectory() as out:
         cnn = f"{out}/0/student.pth"
         rows = [("CNN", train_cnn, "--train-teacher cifar_resnet20 --epochs 5"),
-                ("student alone", train, "--teacher none --mhca-blocks 0 --epochs 6"),
-                ("student, DearKD", train, f"--teacher {cnn} --epochs 6")]
+                ("student alone", train, "--teacher none --mhca-blocks 0 --epochs 5"),
+                ("student, DearKD", train, f"--teacher {cnn} --epochs 5")]
         for number, (name, run, more) in enumerate(rows[:1] if args.demo_data_free else rows):
             record = run(parse_args(f"{flags} {more} --out {out}/{number}".split()), device)
             table.append(f"{name:24s} top-1 {record['top1']:5.1f} %")
