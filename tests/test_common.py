@@ -1,6 +1,5 @@
 """common.py: data, schedule, checkpoints."""
 
-import argparse
 import os
 import pickle
 import signal
@@ -86,15 +85,6 @@ def test_augmentation_depends_on_seed_epoch_and_index_alone(photos):
     assert not torch.equal(images(1), images(1, seed=1))
 
 
-def test_loading_draws_none_of_the_loops_random_numbers(photos):
-    base = datasets.ImageFolder(photos / "train")
-    dataset = common.Images(base, range(len(base)), common.train_transform(16), 0)
-    args = SimpleNamespace(batch_size=8, accum=1, seed=0, workers=2)
-    before = torch.get_rng_state()
-    list(common.make_loader(dataset, args, train=True))
-    assert torch.equal(torch.get_rng_state(), before)
-
-
 def test_unreadable_images_are_named_and_replaced(tmp_path):
     (tmp_path / "a").mkdir()
     for i in range(6):
@@ -172,13 +162,6 @@ def test_evaluate_counts_every_image_of_a_small_last_batch():
 # ------------------------------------------------------------------ checkpoints
 
 
-def test_a_failing_save_keeps_the_old_file(tmp_path):
-    common.save_checkpoint(tmp_path / "x.pth", value=1)
-    with pytest.raises(Exception, match="pickle"):
-        common.save_checkpoint(tmp_path / "x.pth", value=lambda: 0)
-    assert common.load_checkpoint(tmp_path / "x.pth") == {"value": 1}
-
-
 def test_a_kill_while_saving_leaves_a_whole_file(tmp_path):
     program = ("import sys, torch, common\n"
                "for i in range(10**6):\n"
@@ -212,10 +195,3 @@ def test_code_in_a_checkpoint_never_runs(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match=f"{name} is missing, damaged, or holds code"):
             common.load_checkpoint(tmp_path / name)
     assert not (tmp_path / "code-ran").exists()
-
-
-def test_what_dinos_training_checkpoints_hold_is_read(tmp_path):
-    settings = argparse.Namespace(arch="vit_small", lr=np.float64(5e-4))
-    torch.save({"args": settings, "lr": np.float64(0.25)}, tmp_path / "dino.pth")
-    read = common.load_checkpoint(tmp_path / "dino.pth")
-    assert read["args"].arch == "vit_small" and read["lr"] == 0.25
