@@ -15,7 +15,7 @@ ViT-S/16 <- DINO's ViT-S/8 (a pair of the paper), and a demo for a laptop:
     torchrun --nproc_per_node 8 attndistill.py --teacher dino_s8 --student vit_s
     python attndistill.py --demo
 Measured: gain of guidance in the demo over seeds 0 to 4 5.9 points of k-NN top-1, deviation 1.5
-(37.3 to 43.3 %; one AMD EPYC core, bf16, 2026-11-25; tests/evidence/demo_attndistill_5seeds.log).
+(37.3 to 43.3 %; one AMD EPYC core, bf16, 2026-11-25; tests/evidence/demo_attndistill.log).
 """
 
 import argparse

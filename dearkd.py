@@ -17,7 +17,7 @@ DeiT-T <- RegNetY-16GF on ImageNet-1k, 72.2 -> 74.8 % top-1 (paper), and demos f
     torchrun --nproc_per_node 8 dearkd.py --data data/imagenet --student deit_t
     python dearkd.py --demo                  # or --demo-data-free
 Measured: CIFAR-10, 10,000 images, micro <- ResNet-56, seeds 0 to 2: 51.1 % top-1, 43.0 % alone
-(one AMD EPYC core, bf16, 2026-11-25; tests/evidence/dearkd_hints.log).
+(one AMD EPYC core, bf16, 2026-11-25; tests/evidence/study/dearkd-3-*.log).
 """
 
 import argparse

@@ -6,7 +6,10 @@ import shlex
 import subprocess
 
 import pytest
+import torch
 from conftest import ROOT
+
+import vitkd
 
 README = (ROOT / "README.md").read_text()
 
@@ -15,15 +18,30 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-@pytest.mark.parametrize("code", blocks("python"))
+CUT, *SNIPPETS = blocks("python")
+
+
+@pytest.mark.parametrize("code", SNIPPETS)
 def test_a_snippet_runs_as_pasted(code):
     names = {}
     exec(code, names)  # noqa: S102 - the README is ours
     assert names["loss"].isfinite() and names["loss"] > 0
 
 
+def test_the_heads_rows_of_some_classes_are_kept(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "imagenet_classes.txt").write_text("\n".join(f"n{i:08d}" for i in range(1000)))
+    for i in (907, 13):
+        (tmp_path / "my" / "images" / "train" / f"n{i:08d}").mkdir(parents=True)
+    weights = vitkd.ViT(**vitkd.SIZES["deit_t"]).state_dict()
+    torch.save({"model": weights}, "deit_tiny_patch16_224-a1311bcf.pth")
+    exec(CUT, {})  # noqa: S102
+    teacher = vitkd.load_teacher("deit_t", "teacher.pth", num_classes=2)
+    assert torch.equal(teacher.head.weight, weights["head.weight"][[13, 907]])
+
+
 def commands():
-    lines = "".join(blocks("bash")).splitlines()
+    lines = "".join(blocks("bash")).splitlines() + re.findall(r"`(python \w+\.py [^`]+)`", README)
     return [line for line in lines if re.search(r"\w+\.py", line)]
 
 

@@ -22,92 +22,110 @@ import dearkd
 import vitkd
 
 STUDY, TILE, GAP = ROOT / "out" / "study", 88, 8
-PHOTOS = [ROOT / "data" / "cifar10" / "val" / name for name in ("horse", "ship", "frog", "truck")]
+WEIGHTS = ROOT / "data" / "deit_tiny_imagenet.pth"
+VAL = ROOT / "data" / "tiny_imagenet20" / "val"
 
 
-def photo(folder, number=3):
-    """(1, 3, 32, 32) uint8."""
-    return pil_to_tensor(common.open_rgb(sorted(folder.glob("*.jpg"))[number]))[None]
+def photos(size, number=0):
+    """Return one image a class, normalised (20, 3, S, S), and as pictures (20, 3, 64, 64)."""
+    files = [Image.open(sorted(folder.iterdir())[number]).convert("RGB")
+             for folder in sorted(VAL.iterdir())]
+    return (torch.stack([common.val_transform(size)(file) for file in files]),
+            torch.stack([pil_to_tensor(file) for file in files]) / 255)
 
 
-def heat(maps):
+def heat(attention):
     """(N,) attention over patches -> (3, g, g): black, red, yellow, white."""
-    maps = (maps / maps.max()).view(1, int(len(maps)**0.5), -1)             # (1, g, g)
-    return torch.cat([3 * maps, 3 * maps - 1, 3 * maps - 2]).clamp(0, 1)
+    x = (attention / attention.max()).view(1, int(len(attention)**0.5), -1)
+    return torch.cat([3 * x, 3 * x - 1, 3 * x - 2]).clamp(0, 1)
 
 
-@torch.no_grad()
-def attention():
-    """Image, what the teacher's class token looks at in it, what the student's does; four times."""
-    teacher = attndistill.load_teacher(str(STUDY / "cifar10-vit" / "student.pth"), None, 32)
-    student = attndistill.load_teacher(str(STUDY / "attndistill-2-0" / "student.pth"), None, 32)
-    for folder in PHOTOS:
-        x = photo(folder)
-        yield x[0] / 255, "image"
-        for name, vit in (("teacher", teacher), ("student", student)):
-            attn = vit.class_token_and_attention(common.normalize(x, "cpu"))[1]  # (1, H, 1+N)
-            yield heat(attn[0, :, 1:].mean(0)), name
+def colours(features):
+    """(B, N, D) -> (B, 3, g, g): the three main directions of all features as red, green, blue."""
+    flat = features.flatten(0, 1) - features.mean((0, 1))
+    directions = torch.pca_lowrank(flat, 3, niter=10)[2]
+    rgb = flat @ directions
+    g = int(features.shape[1]**0.5)
+    return (0.5 + 0.25 * rgb / rgb.std(0)).clamp(0, 1).view(-1, g, g, 3).permute(0, 3, 1, 2)
 
 
-@torch.no_grad()
-def generation():
-    """Image, the teacher's deep patch tokens, the student's with the masked ones black, what is
-    generated from those; three times. Colours: the tokens' three main directions."""
+def trained(script, name):
+    """Return (ViT in eval mode, state of all that was trained) of a run of the study."""
+    saved = common.load_checkpoint(STUDY / name / "student.pth")
+    model = script.ViT(**saved["arch"]).eval()
+    model.load_state_dict(saved["model"])
+    return model, common.load_checkpoint(STUDY / name / "last.pth")["model"]
+
+
+def part(state, prefix):
+    return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
+
+
+def attention(chosen=(0, 3, 9, 17)):
+    """Image, attention of the teacher's class token, attention of the student's."""
+    teacher = attndistill.load_teacher("vit_t16", WEIGHTS)
+    student, _ = trained(attndistill, "imagenet-attndistill-1-0")
+    x, pictures = photos(224)
+    maps = [vit.class_token_and_attention(x)[1][:, :, 1:].mean(1) for vit in (teacher, student)]
+    for i in chosen:
+        yield pictures[i], "image"
+        yield heat(maps[0][i]), "teacher"
+        yield heat(maps[1][i]), "student"
+
+
+def generation(chosen=(0, 3, 9)):
+    """Image, the teacher's deep tokens, the student's with the masked ones black, the generated."""
     torch.manual_seed(0)
-    teacher = vitkd.load_teacher(str(STUDY / "cifar10-vit" / "student.pth"), None, 10, 32)
-    last = common.load_checkpoint(STUDY / "vitkd-3-0" / "last.pth")
-    student = vitkd.ViT(**last["arch"]).eval()
-    student.load_state_dict(last["model"])
-    loss = vitkd.ViTKDLoss(last["arch"]["dim"], teacher.cls_token.shape[-1])
-    loss.load_state_dict(last["distiller"])
-    many = common.normalize(torch.cat([photo(folder, n) for folder in PHOTOS for n in range(50)]),
-                            "cpu")
-    tokens = teacher.features(many)[1].flatten(0, 1)                        # (B*N, D_t)
-    centre, (_, _, main) = tokens.mean(0), torch.pca_lowrank(tokens, 3)
-    spread = ((tokens - centre) @ main).std(0)
+    teacher = vitkd.load_teacher("deit_t", WEIGHTS)
+    student, state = trained(vitkd, "imagenet-vitkd-1-0")
+    loss = vitkd.ViTKDLoss(96, 192)
+    loss.load_state_dict(part(state, "vitkd."))
+    x, pictures = photos(224)
+    target = teacher.features(x)[1]
+    deep = loss.align_deep(student.features(x)[1])                          # (B, N, D_t)
+    mask = vitkd.random_mask(len(x), deep.shape[1], 0.5)
+    made = torch.where(mask[..., None], loss.mask_token, deep)
+    made = loss.generator(made.transpose(1, 2).unflatten(2, (14, 14))).flatten(2).transpose(1, 2)
+    rgb = colours(torch.cat([target, deep, torch.where(mask[..., None], made, deep)]))
+    rgb = rgb.view(3, len(x), 3, 14, 14)
+    for i in chosen:
+        yield pictures[i], "image"
+        yield rgb[0, i], "teacher's"
+        yield rgb[1, i] * ~mask[i].view(14, 14), "student's"
+        yield rgb[2, i], "generated"
 
-    def colours(tokens):                                                    # (1, N, D_t)
-        rgb = 0.5 + 0.25 * (tokens[0] - centre) @ main / spread             # (N, 3)
-        return rgb.T.reshape(3, 4, 4).clamp(0, 1)
 
-    for folder in PHOTOS[:3]:
-        x = photo(folder)
-        z = common.normalize(x, "cpu")
-        deep = loss.align_deep(student.features(z)[1])                      # (1, N, D_t)
-        mask = vitkd.random_mask(1, deep.shape[1], 0.5)
-        masked = torch.where(mask[..., None], loss.mask_token, deep)
-        made = loss.generator(masked.reshape(1, 4, 4, -1).permute(0, 3, 1, 2))
-        made = made.flatten(2).transpose(1, 2)                              # (1, N, D_t)
-        yield x[0] / 255, "image"
-        yield colours(teacher.features(z)[1]), "teacher's"
-        yield colours(deep) * ~mask.view(1, 4, 4), "student's"
-        yield colours(torch.where(mask[..., None], made, deep)), "generated"
+def hints(chosen=(0, 3, 9, 17)):
+    """Image, an early map of the CNN, the map that is predicted from the student's tokens."""
+    cnn = dearkd.load_teacher(str(STUDY / "tiny-cnn" / "student.pth"), None, 20)
+    student, state = trained(dearkd, "dearkd-tiny-3-0")
+    aligner = dearkd.Aligner(96, 128)
+    aligner.load_state_dict(part(state, "aligners.1."))
+    x, pictures = photos(64)
+    seen = cnn.features(x)[0][1]                                            # (B, 128, 8, 8)
+    predicted = aligner(student.features(x, (3,))[0][3])
+    rgb = colours(torch.cat([seen, predicted]).flatten(2).transpose(1, 2)).view(2, -1, 3, 8, 8)
+    for i in chosen:
+        yield pictures[i], "image"
+        yield rgb[0, i], "CNN"
+        yield rgb[1, i], "student"
 
 
 def synthesis():
-    """Four images on their way from noise, at three steps."""
-    teacher = dearkd.load_teacher("cifar_resnet56", ROOT / "data" / "cifar_resnet56.pth", 10)
-    teacher.to(memory_format=torch.channels_last)
-    labels = torch.arange(10).repeat_interleave(6)
-    kept = {}
-
-    def keep(step, losses, images):
-        if step in (0, 40, 199):
-            kept[step] = images.detach().clone()
-
-    dearkd.synthesize(teacher, labels, 32, report=keep, steps=200,
-                      autocast=lambda: torch.autocast("cpu", torch.bfloat16))
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (common.MEAN, common.STD))
-    for i in (42, 48, 36, 54):  # a horse, a ship, a frog, a truck
-        for step, images in kept.items():
-            yield (images[i] * std + mean).clamp(0, 1), f"step {step + 1}"
+    """Images of the data-free study, one of each class and two more."""
+    for i, folder in enumerate([*sorted((STUDY / "made1" / "train").iterdir())] * 2):
+        if i < 12:
+            file = sorted(folder.iterdir())[i // 10]
+            yield pil_to_tensor(Image.open(file)) / 255, folder.name
 
 
+@torch.no_grad()
 def main():
     rows = {
-        "AttnDistill: the student's class token must look where the teacher's looks": attention,
-        "ViTKD: from half of the student's deep tokens the teacher's are generated": generation,
-        "DF-DearKD: images made from a CNN's weights alone (horse, ship, frog, truck)": synthesis}
+        "AttnDistill: the student's class token attends where the teacher's does": attention,
+        "ViTKD: the teacher's deep tokens are generated from half of the student's": generation,
+        "DearKD: early feature maps of a CNN are predicted from the student's tokens": hints,
+        "DF-DearKD: images made from the weights of a CNN": synthesis}
     height = TILE + 56
     canvas = Image.new("RGB", (12 * (TILE + GAP) + GAP, len(rows) * height), "white")
     draw = ImageDraw.Draw(canvas)
