@@ -250,21 +250,6 @@ def test_a_cnn_is_trained_resumed_and_becomes_a_teacher(photos, tmp_path):
     assert len(student(tmp_path / "b")["head.bias"]) == 3
 
 
-def test_init_keeps_weights_and_makes_new_heads(photos, teacher, tmp_path):
-    main("dearkd", *flags("dearkd", "none", tmp_path / "a", "--epochs", 1))
-    main("dearkd", *flags("dearkd", "none", tmp_path / "b", "--epochs", 1, "--data", photos,
-                          "--init", tmp_path / "a" / "student.pth", "--data-fraction", 1,
-                          "--lr", 1e-12, "--min-lr", 0, "--weight-decay", 0, "--image-size", 32))
-    a, b = student(tmp_path / "a"), student(tmp_path / "b")
-    assert len(b["head.bias"]) == len(b["head_dist.bias"]) == 3
-    same = [k for k in a if "head" not in k and k != "pos_embed"]
-    assert all(torch.allclose(a[k], b[k], atol=1e-7) for k in same)
-    assert b["pos_embed"].shape == (1, 66, 96)
-    assert torch.allclose(a["pos_embed"][:, :2], b["pos_embed"][:, :2], atol=1e-7)
-    with pytest.raises(SystemExit, match="is no student.pth of dearkd.py"):
-        main("dearkd", *flags("dearkd", "none", tmp_path / "c", "--init", teacher))
-
-
 @pytest.mark.parametrize("more, message", [
     (["--hints", "1:9"], "there are blocks 0 to 5 and stages 1 to 3"),
     (["--hints", "early"], "or --hints .block:stage,...."),

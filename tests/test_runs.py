@@ -10,6 +10,7 @@ import torch
 from conftest import PLAIN, ROOT, TINY, run, start
 
 import common
+import dearkd
 import vitkd
 
 SCRIPTS = ["vitkd", "attndistill", "dearkd"]
@@ -165,27 +166,36 @@ def test_resume_refuses_other_settings_and_finished_runs_stay(teacher, tmp_path)
     assert len(records(tmp_path / "run")) == 1
 
 
-def test_init_starts_from_a_student_at_any_size_with_a_new_head(photos, teacher, tmp_path):
-    out, rate = tmp_path / "tuned", ["--lr", 1e-12, "--weight-decay", 0, "--min-lr", 0]
-    arch = {**vitkd.SIZES["micro"], "image_size": 16, "patch_size": 4, "num_classes": 10}
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_init_starts_from_a_student_at_any_size_with_a_new_head(script, photos, teacher, tmp_path):
+    of = dearkd if script == "dearkd" else vitkd  # attndistill takes vitkd's students
+    arch = {**of.SIZES["micro"], "image_size": 16, "patch_size": 4, "num_classes": 10}
     torch.manual_seed(5)  # not the run's seed
-    weights = vitkd.ViT(**arch).state_dict()
+    weights = of.ViT(**arch, **{"mhca_blocks": 4} if of is dearkd else {}).state_dict()
     headless = {key: value for key, value in weights.items() if not key.startswith("head")}
-    for state, data, size in ((weights, "shapes", 16), (weights, photos, 32),
-                              (headless, "shapes", 16)):
-        common.save_checkpoint(tmp_path / "pre.pth", model=state, arch=arch, script="vitkd")
-        shutil.rmtree(out, ignore_errors=True)
-        main("vitkd", *flags("vitkd", "none", out, "--data", data, "--data-fraction",
-                             1 if data == photos else 0.04, "--image-size", size, "--init",
-                             tmp_path / "pre.pth", "--epochs", 1, *rate))
-        tuned = student(out)
-        kept = [key for key in headless if key != "pos_embed" or size == 16]
-        assert all(torch.allclose(tuned[key], state[key], atol=1e-7) for key in kept)
-        assert len(tuned["head.bias"]) == (3 if data == photos else 10)
-        kept_head = torch.allclose(tuned["head.weight"][:3], weights["head.weight"][:3], atol=1e-7)
-        assert kept_head == (state is weights and data == "shapes")
-    with pytest.raises(SystemExit, match="Error.s. in loading state_dict for ViT"):
-        main("vitkd", *flags("vitkd", "none", tmp_path / "x", "--init", teacher))
+    still = ["--epochs", 1, "--lr", 1e-12, "--min-lr", 0, "--weight-decay", 0]
+    cases = [(weights, "shapes", 16), (weights, photos, 32), (headless, "shapes", 16)]
+    for state, data, size in cases[:2 if of is dearkd else 3]:  # its students always have heads
+        common.save_checkpoint(tmp_path / "pre.pth", model=state, arch=arch, script=of.__name__)
+        out = tmp_path / f"{size} {len(state)}"
+        main(script, *flags(script, teacher if script == "attndistill" else "none", out, "--data",
+                            data, "--data-fraction", 1 if data == photos else 0.04, "--image-size",
+                            size, "--init", tmp_path / "pre.pth", *still))
+        tuned, prefix = student(out), weights["pos_embed"].shape[1] - 16
+        for key, value in headless.items():
+            now = tuned[key]
+            if key == "pos_embed" and size == 32:  # the patches' part is resized
+                now, value = now[:, :prefix], value[:, :prefix]
+            assert torch.allclose(now, value, atol=1e-7), key
+        assert tuned["pos_embed"].shape[1] == prefix + (size // 4)**2
+        for key in weights.keys() & tuned.keys() - headless.keys():
+            assert len(tuned[key]) == (3 if data == photos else 10)
+            kept = torch.allclose(tuned[key][:3], weights[key][:3], atol=1e-7)
+            assert kept == (state is weights and data == "shapes") or "bias" in key
+        assert ("head.weight" in tuned) == (script != "attndistill")
+    with pytest.raises(SystemExit, match="Error.s. in loading state_dict|is no student.pth of de"):
+        main(script, *flags(script, teacher if script == "attndistill" else "none", tmp_path / "x",
+                            "--init", teacher))
 
 
 def test_each_epoch_has_a_new_order_and_new_crops(tmp_path, monkeypatch):
