@@ -2,7 +2,6 @@
 
 import argparse
 import inspect
-import json
 import math
 import shutil
 
@@ -10,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import TINY
 from PIL import Image
+from test_runs import records
 
 import attndistill
 import common
@@ -74,16 +75,6 @@ def test_peaked_attention_is_finite(case, floor):
     loss = attndistill.attention_guidance_loss(student, teacher)
     loss.backward()
     assert loss.isfinite() and loss > 0 and student.grad.isfinite().all()
-
-
-def test_projector_has_the_papers_form_and_initialisation():
-    P = attndistill.projector(192, 384)
-    layers = [(192, 384), (384, 192), (192, 384), (384, 384)]
-    assert [(m.in_features, m.out_features) for m in P[:7:2]] == layers
-    assert len(P) == 8 and P[7].eps == 1e-6 and all(isinstance(m, torch.nn.GELU) for m in P[1:7:2])
-    for linear in P[:7:2]:
-        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05)
-        assert not linear.bias.any()
 
 
 # ------------------------------------------------------------------ the ViT
@@ -273,19 +264,6 @@ def test_released_formats_load_and_give_class_token_and_attention(family, tmp_pa
         assert torch.equal(teacher(images.double()), cls)
 
 
-@pytest.mark.parametrize("script", [attndistill, vitkd])
-def test_project_checkpoints_as_teacher(script, tmp_path):
-    arch = {"image_size": 16, "patch_size": 4, "dim": 24, "depth": 3, "num_heads": 3,
-            "num_classes": 5}
-    model, path = script.ViT(**arch).eval(), tmp_path / "dinov3_reg"
-    common.save_checkpoint(path, model=model.state_dict(), arch=arch, script=script.__name__)
-    teacher = attndistill.load_teacher(str(path), image_size=16)
-    model.head, images = torch.nn.Identity(), torch.randn(2, 3, 16, 16)
-    assert torch.allclose(teacher(images), model(images), atol=1e-5)
-    larger = attndistill.load_teacher(str(path), image_size=32)
-    assert larger.class_token_and_attention(torch.randn(2, 3, 32, 32))[1].shape == (2, 3, 65)
-
-
 def test_wrong_teachers_say_what_is_wrong(tmp_path, monkeypatch):
     monkeypatch.setitem(attndistill.SIZES, "vit_s", SMALL)
     registers = released_file("DINOv2 with registers")[1]
@@ -307,40 +285,8 @@ def test_wrong_teachers_say_what_is_wrong(tmp_path, monkeypatch):
 
 # ------------------------------------------------------------------ runs
 
-TINY = ("--student micro --image-size 16 --patch-size 4 --workers 0 --batch-size 16 --lr 1e-3 "
-        "--amp off").split()
-
-
-@pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
-    """A random teacher with other patches, heads and width than the student's."""
-    torch.manual_seed(3)
-    path = tmp_path_factory.mktemp("attndistill") / "teacher.pth"
-    arch = {"image_size": 16, "patch_size": 2, "dim": 48, "depth": 2, "num_heads": 4,
-            "num_classes": 0}
-    model = attndistill.ViT(**arch)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.1)
-    common.save_checkpoint(path, model=model.state_dict(), arch=arch, script="attndistill")
-    return path
-
-
 def main(*words):
     attndistill.main([str(word) for word in words])
-
-
-def records(out):
-    return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-
-
-def test_defaults_are_the_recipe():
-    args = attndistill.parse_args([])
-    recipe = {"batch_size": 4096, "epochs": 800, "lr": 2.4e-3, "min_lr": 0, "warmup_epochs": 40,
-              "weight_decay": 0.05, "clip_grad": 0, "crop_scale": 0.2, "lambda_a": 0.1,
-              "eval_every": 20, "student": "vit_s", "teacher": "dino_s8"}
-    assert {name: getattr(args, name) for name in recipe} == recipe
-    assert attndistill.parse_args(["--batch-size", "1024"]).lr == pytest.approx(1.2e-3)
 
 
 @pytest.mark.parametrize("lambda_a, amp", [("0", "off"), ("0.1", "bf16")])

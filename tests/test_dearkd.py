@@ -293,18 +293,8 @@ def test_intra_divergence_equals_brute_force(labels):
     assert loss.item() == pytest.approx(brute_force_divergence(features, labels), abs=1e-12)
 
 
-def test_intra_divergence_separates_near_copies_and_leaves_the_hardest_alone():
-    """On a circle: a and b are near-copies, c is far, d alone in its class."""
-    angle = torch.tensor([0.0, 1e-3, 1.0, 2.0], dtype=torch.float64, requires_grad=True)
-    features = torch.stack([angle.cos(), angle.sin()], 1)
-    labels = torch.tensor([0, 0, 0, 1])
-    gradient, = torch.autograd.grad(dearkd.intra_divergence_loss(features, labels), angle)
-    # d(a, b) = 2 sin((b - a)/2): pushed apart twice, by a and by b; c is pushed away from b, its
-    # nearest, by a third of cos(0.4995); the pairs a-c and b-c as hardest ones add nothing
-    push = math.cos(0.0005) * 2 / 3
-    pull = math.cos((1.0 - 1e-3) / 2) / 3
-    assert gradient.tolist() == pytest.approx([push, -push + pull, -pull, 0.0], abs=1e-9)
-    copies = torch.ones(4, 3, requires_grad=True)  # no direction between them, but no NaN either
+def test_intra_divergence_of_equal_features_has_finite_gradients():
+    copies = torch.ones(4, 3, requires_grad=True)  # no direction between them
     dearkd.intra_divergence_loss(copies, torch.zeros(4, dtype=torch.long)).backward()
     assert copies.grad.isfinite().all()
 

@@ -171,15 +171,6 @@ def test_two_processes_print_what_one_prints(weights, photos, capsys):
     assert one.splitlines()[1:-1] == two.splitlines()[1:-1] and "k = 200" in one
 
 
-def test_released_weights_and_another_image_size(tmp_path, photos, capsys):
-    model = attndistill.ViT(**attndistill.SIZES["vit_t"], num_classes=0)
-    torch.save(model.state_dict(), tmp_path / "w.pth")
-    main("--arch", "vit_t16", "--weights", tmp_path / "w.pth", "--data", photos, "--image-size",
-         32, "--workers", 0, "--data-fraction", 0.5)
-    assert "48 training and 33 validation images of 3 classes, features of width 192" in (
-        capsys.readouterr().out)
-
-
 def test_wrong_input_is_one_line(tmp_path, weights, photos):
     torch.save({"fc": torch.zeros(1)}, tmp_path / "other.pth")
     saved = common.load_checkpoint(weights / "attndistill.pth")
