@@ -35,8 +35,9 @@ def photos(size, number=0):
 
 
 def heat(attention):
-    """(N,) attention over patches -> (3, g, g): black, red, yellow, white."""
-    x = (attention / attention.max()).view(1, int(len(attention)**0.5), -1)
+    """(N,) attention over patches -> (3, g, g): black, red, yellow, white for the top 5 %."""
+    x = (attention - attention.min()) / (attention.quantile(0.95) - attention.min())
+    x = x.view(1, int(len(x)**0.5), -1)
     return torch.cat([3 * x, 3 * x - 1, 3 * x - 2]).clamp(0, 1)
 
 
@@ -61,7 +62,7 @@ def part(state, prefix):
     return {key.removeprefix(prefix): v for key, v in state.items() if key.startswith(prefix)}
 
 
-def attention(chosen=(0, 3, 9, 17)):
+def attention(chosen=(0, 3, 9, 13)):
     """Image, attention of the teacher's class token, attention of the student's."""
     teacher = attndistill.load_teacher("vit_t16", WEIGHTS)
     student, _ = trained(attndistill, "imagenet-attndistill-1-0")
@@ -86,16 +87,15 @@ def generation(chosen=(0, 3, 9)):
     mask = vitkd.random_mask(len(x), deep.shape[1], 0.5)
     made = torch.where(mask[..., None], loss.mask_token, deep)
     made = loss.generator(made.transpose(1, 2).unflatten(2, (14, 14))).flatten(2).transpose(1, 2)
-    rgb = colours(torch.cat([target, deep, torch.where(mask[..., None], made, deep)]))
-    rgb = rgb.view(3, len(x), 3, 14, 14)
+    (rgb, generated), ours = colours(torch.cat([target, made])).chunk(2), colours(deep)
     for i in chosen:
         yield pictures[i], "image"
-        yield rgb[0, i], "teacher's"
-        yield rgb[1, i] * ~mask[i].view(14, 14), "student's"
-        yield rgb[2, i], "generated"
+        yield rgb[i], "teacher's"
+        yield ours[i] * ~mask[i].view(14, 14), "student's"
+        yield generated[i], "generated"
 
 
-def hints(chosen=(0, 3, 9, 17)):
+def hints(chosen=(0, 3, 9, 13)):
     """Image, an early map of the CNN, the map that is predicted from the student's tokens."""
     cnn = dearkd.load_teacher(str(STUDY / "tiny-cnn" / "student.pth"), None, 20)
     student, state = trained(dearkd, "dearkd-tiny-3-0")
