@@ -1,16 +1,15 @@
 """Speed and memory of the scripts against a plain version of the same computation.
 
-    python tests/bench.py [ROW ...] [--rounds 5] [--compile]        # prints a table in Markdown
+    python tests/bench.py [ROW ...] [--rounds 5] [--compile] [--amp off]     # prints a table
 
-plain: attention with a written-out softmax; all tokens in the last block and in the projector; a
-       k-NN pass for each k; CNNs in torch's default layout; photos cropped and flipped by PIL.
-       float32 on a CPU, fp16 on a GPU.
-ours:  what the scripts do, in bf16.
+plain: attention with a written-out softmax; all tokens in the last block and the projector; a pass
+       for each k of k-NN; CNNs in torch's layout; photos cropped by PIL; float32 (GPU: fp16).
+ours:  what the scripts do, in their default precision (bf16 where the device multiplies it).
 
 Both run in alternating rounds in one process. A step is a forward pass of teacher and student, a
-backward pass and AdamW. images/s are medians over rounds, the ratio is the median of the rounds'
-ratios (smallest to largest). GiB is the peak; both ways lie in memory, so only the difference
-counts. Share: our arithmetic per second over that of a large bf16 matrix product in the same run.
+backward pass and AdamW. Speeds and ratio are medians over rounds (ratio: smallest to largest). GiB
+is the peak; both ways lie in memory, so only the difference counts. Share: our arithmetic per
+second over that of a large matrix product in the same precision.
 """
 
 import argparse
@@ -42,8 +41,7 @@ import eval_knn
 import vitkd
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPES = {"plain": torch.float16 if DEVICE.type == "cuda" else torch.float32,
-          "ours": torch.bfloat16, "check": torch.float32}
+DTYPES = {"plain": torch.half if DEVICE.type == "cuda" else torch.float, "check": torch.float}
 
 
 def autocast(way):
@@ -222,14 +220,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)} (all)")
     parser.add_argument("--rounds", type=int, default=5, help="that are timed (%(default)s)")
-    parser.add_argument("--compile", action="store_true", help="compile our steps")
+    parser.add_argument("--compile", action="store_true", help="our steps")
+    parser.add_argument("--amp", choices=("bf16", "fp16", "off"), help="our precision")
     args = parser.parse_args()
-    common.precision(Namespace(amp="bf16"), DEVICE)  # prints the machine
+    common.precision(args, DEVICE)  # prints the machine and sets args.amp
+    DTYPES["ours"] = {"bf16": torch.bfloat16, "fp16": torch.half, "off": torch.float}[args.amp]
     n = 16384 if DEVICE.type == "cuda" else 4096
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPES["ours"]) for _ in range(2))
     rate = 2 * n**3 / min(alternate({"": lambda: a @ b}, 10)[0][""])
     print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {args.rounds} rounds; "
-          f"a matrix product in bf16 makes {rate / 1e9:.0f} GFLOP/s\n\n"
+          f"a matrix product, amp {args.amp}, makes {rate / 1e9:.0f} GFLOP/s\n\n"
           "| row | images/s plain | ours | ours / plain | GiB plain | ours | share |\n"
           "|---|---|---|---|---|---|---|")
     for row in args.rows or ROWS:

@@ -127,7 +127,7 @@ def run(name, command):
                           cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     log.with_suffix(".err" if done.returncode else ".log").write_text(
-        f"# {time.strftime('%Y-%m-%d')}, one core of an {cpu}, torch {torch.__version__}, bf16\n"
+        f"# {time.strftime('%Y-%m-%d')}, one core of an {cpu}, torch {torch.__version__}\n"
         f"$ python {command}\n{done.stdout}")
     print(name, done.stdout.splitlines()[-1:], flush=True)
 
