@@ -3,7 +3,7 @@
 Wang et al., "Attention Distillation: self-supervised vision transformer students need more
 guidance", arXiv 2210.00944 (BMVC 2022). Formulas, constants and recipe are the authors' (paper,
 released code). Ours: the last block and the projector run for the class token alone, and attention
-to registers is left out. k-NN reads the trained final norm; the released one is not trained.
+to registers is left out. k-NN reads class tokens after the final norm; theirs is not trained.
 
 The teacher's last class token holds what it knows of an image, and that token's attention shows
 which patches the knowledge came from. Therefore
@@ -14,8 +14,8 @@ which patches the knowledge came from. Therefore
 ViT-S/16 <- DINO's ViT-S/8 (a pair of the paper), and a demo for a laptop:
     torchrun --nproc_per_node 8 attndistill.py --teacher dino_s8 --student vit_s
     python attndistill.py --demo
-Measured: gain of guidance in the demo over seeds 0 to 4 5.9 points of k-NN top-1, deviation 1.5
-(37.3 to 43.3 %; one AMD EPYC core, bf16, 2026-11-25; tests/evidence/demo_attndistill.log).
+Measured: in the demo, guidance adds 5.9 points of k-NN top-1 (37.3 -> 43.3 %, deviation 1.5, seeds
+0 to 4; one AMD EPYC core, bf16, 2026-11-25; tests/evidence/demo_attndistill.log).
 """
 
 import argparse
@@ -25,7 +25,6 @@ import time
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -63,7 +62,7 @@ def resize_attention(attn, grid):
     g = math.isqrt(attn.shape[-1] - 1)
     own, patches = attn[..., :1], attn[..., 1:].unflatten(-1, (g, g))       # (B, H, g, g)
     patches = F.interpolate(patches, (grid, grid), mode="bicubic").flatten(2)
-    patches = patches.clamp(min=1e-8)  # bicubic weights can be negative, and so can be their sum
+    patches = patches.clamp(min=1e-8)  # bicubic weights can be negative, and so can be the result
     return torch.cat([own, (1 - own) * patches / patches.sum(-1, keepdim=True)], -1)
 
 
@@ -131,7 +130,7 @@ class Attention(nn.Module):
         q = F.linear(x[:, 0], w[:D], b[:D]).view(B, self.num_heads, 1, -1)  # (B, H, 1, D/H)
         kv = F.linear(x, w[D:], b[D:]).view(B, N, 2, self.num_heads, -1)
         k, v = kv.permute(2, 0, 3, 1, 4)                                    # (B, H, N, D/H) each
-        # The loss compares these. A matrix product would be bf16 under autocast, this is float32
+        # The loss compares attn. Under autocast a matrix product runs in bf16, this sum in float32
         attn = ((q.float() * rope(k)).sum(-1) / math.sqrt(q.shape[-1])).softmax(-1)  # (B, H, N)
         return self.proj((attn[:, :, None].to(v.dtype) @ v).view(B, D)), attn
 
@@ -161,7 +160,7 @@ class ViT(nn.Module):
     """Pre-norm vision transformer with a class token; parameters have timm's names.
 
     forward(images (B, 3, S, S)) -> logits (B, C); the normed class token (B, D) if num_classes = 0.
-    num_registers, tokens between class token and patches, rope and eps are for teachers.
+    num_registers (tokens between class token and patches), rope and eps are for teachers.
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=384, depth=12, num_heads=6,
@@ -204,29 +203,33 @@ class ViT(nn.Module):
         return self.head(self.class_token_and_attention(images)[0])
 
 
-def load_weights(vit, state):
+def load_weights(vit, state, **resize):
     """Load a state dict into a ViT, strictly; resize the position embedding to its image size."""
     position = state.get("pos_embed", vit.pos_embed)                        # (1, 1+N, D)
     if math.isqrt(position.shape[1]) ** 2 == position.shape[1]:
         position = F.pad(position, (0, 0, 1, 0))  # DeiT III has none for the class token: zeros
     old, grid = (math.isqrt(p.shape[1]) for p in (position, vit.pos_embed))
-    patches = position[:, 1:].reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, old, old)
-    patches = F.interpolate(patches, (grid, grid), mode="bicubic").flatten(2).transpose(1, 2)
-    position = torch.cat([position[:, :1], patches], 1)                     # (1, 1+grid*grid, D)
+    if position.shape[1] == 1 + old * old:  # else it is another model's: torch names the keys
+        patches = position[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, old, old)
+        patches = F.interpolate(patches, mode="bicubic", **(resize or {"size": grid}))
+        position = torch.cat([position[:, :1], patches.flatten(2).transpose(1, 2)], 1)
     vit.load_state_dict({**state, "pos_embed": position} if "pos_embed" in state else state)
 
 
 # ------------------------------------------------------------------ the teacher
 
-TEACHERS = {  # name: (size, patch size, file to download or None)
-    **{f"dino_{s}{p}": (f"vit_{s}", p, f"dino/dino_{x}{p}_pretrain/dino_{x}{p}_pretrain.pth")
+TEACHERS = {  # name: (size, patch size, what else is special, file to download or None)
+    **{f"dino_{s}{p}": (f"vit_{s}", p, {}, f"dino/dino_{x}{p}_pretrain/dino_{x}{p}_pretrain.pth")
        for s, x in (("s", "deitsmall"), ("b", "vitbase")) for p in (16, 8)},
     **{f"dinov2_{s}14{reg}": (
-        f"vit_{s}", 14, f"dinov2/dinov2_vit{s}14/dinov2_vit{s}14{reg and '_reg4'}_pretrain.pth")
+        f"vit_{s}", 14, {"num_registers": 4} if reg else {},
+        f"dinov2/dinov2_vit{s}14/dinov2_vit{s}14{reg and '_reg4'}_pretrain.pth")
        for reg in ("", "_reg") for s in "sbl"},
-    **{f"{x}_{s}16": (f"vit_{s}", 16, None) for x in ("dinov3", "mugs") for s in "sbl"},
-    # Any plain ViT, as of MoCo v3, MAE, iBOT, timm
-    **{f"vit_{s}{p}": (f"vit_{s}", p, None) for s in "tsbl" for p in (16, 8)}}
+    **{f"dinov3_{s}16": (f"vit_{s}", 16, {"num_registers": 4, "rope": True, "eps": 1e-5}, None)
+       for s in "sbl"},
+    **{f"mugs_{s}16": (f"vit_{s}", 16, {}, None) for s in "sbl"},
+    "moco_s16": ("vit_s", 16, {"num_heads": 12}, None), "moco_b16": ("vit_b", 16, {}, None),
+    **{f"vit_{s}{p}": (f"vit_{s}", p, {}, None) for s in "tsbl" for p in (16, 8)}}  # MAE, iBOT, ..
 
 # What released files hold beside the ViT, by the start of the key. All else is an error.
 LEFT_OUT = (
@@ -238,54 +241,50 @@ LEFT_OUT = (
 def load_teacher(name, weights=None, image_size=224):
     """Return a frozen ViT without head in eval mode, for images of `image_size` pixels.
 
-    name: one of TEACHERS, its weights read from the file `weights` or else downloaded; or the path
-    of a student.pth of attndistill.py or vitkd.py. Raises ValueError (unknown name, unreadable
-    weights, image size) or RuntimeError (another model: torch names the keys).
-    """
+    name: one of TEACHERS, with its weights in the file `weights` or else downloaded; or the path of
+    a student.pth of attndistill.py or vitkd.py. Raises ValueError (unknown name, unreadable
+    weights, image size) or RuntimeError (another model: torch names the keys)."""
     if name in TEACHERS:
-        size, patch_size, file = TEACHERS[name]
+        size, patch_size, special, file = TEACHERS[name]
         if not (weights or file):
             raise ValueError(f"{name} cannot be downloaded: give its weights as a file")
         saved = common.load_checkpoint(weights or f"https://dl.fbaipublicfiles.com/{file}")
-        arch = {**SIZES[size], "patch_size": patch_size}
-        if name.startswith("dinov3"):
-            arch.update(num_registers=4, rope=True, eps=1e-5)
-        elif name.endswith("_reg"):
-            arch["num_registers"] = 4
+        arch = {**SIZES[size], "patch_size": patch_size, **special}
     elif Path(name).is_file() and not weights:
         saved = common.load_checkpoint(name)
+        if saved.get("script") not in ("attndistill", "vitkd"):
+            raise ValueError(f"{name} is no student.pth. Did you mean --teacher-weights?")
         arch = saved["arch"]
     else:
         raise ValueError(f"no teacher {name}: choose {', '.join(TEACHERS)}, or a student.pth")
     if image_size % arch["patch_size"]:
-        raise ValueError(f"its patch size {arch['patch_size']} does not divide {image_size}")
+        raise ValueError(f"patch size {arch['patch_size']} of {name} does not divide {image_size}")
 
     # Training checkpoints hold several networks: take DINO's teacher, MoCo v3's base encoder
-    wrappers = [key for key in ("teacher", "state_dict", "model") if key in saved]
-    saved, state = saved[wrappers[0]] if wrappers else saved, {}
-    for key, value in saved.items():
-        key = key.removeprefix("module.")
-        if key.startswith("base_encoder."):
-            arch["num_heads"] = max(12, arch["num_heads"])  # MoCo v3's ViT-S has 12 heads
-        key = key.removeprefix("base_encoder.").removeprefix("backbone.")
-        key = key.replace("gamma_1", "ls1.gamma").replace("gamma_2", "ls2.gamma")  # DeiT III
-        if not key.startswith(LEFT_OUT):
-            state[key] = value
-
-    # DINOv2 and DINOv3 scale the outputs of attention and MLP (LayerScale): scale their last layers
-    for key in [key for key in state if key.endswith(".gamma")]:
-        layer = key.replace("ls1.gamma", "attn.proj").replace("ls2.gamma", "mlp.fc2")
-        gamma = state.pop(key)
+    for wrapper in ("teacher", "state_dict", "model"):
+        saved = saved.get(wrapper, saved)
+    prefix = "base_encoder." if name.startswith("moco") else "backbone."
+    state = {key.removeprefix("module.").removeprefix(prefix): x for key, x in saved.items()}
+    state = {key: x for key, x in state.items() if not key.startswith(LEFT_OUT)}
+    # DINOv2 and DINOv3 multiply outputs by LayerScale's ls1.gamma: multiply weights by it
+    state = {key.replace("gamma_", "ls").removesuffix(".gamma"): x for key, x in state.items()}
+    for key in [key for key in state if key.endswith((".ls1", ".ls2"))]:
+        gamma, layer = state.pop(key), key.replace("ls1", "attn.proj").replace("ls2", "mlp.fc2")
         state[f"{layer}.weight"] = gamma[:, None] * state[f"{layer}.weight"]
         state[f"{layer}.bias"] = gamma * state[f"{layer}.bias"]
     if arch.get("rope"):  # DINOv3
         state = {key.replace("storage_", "register_"): value for key, value in state.items()}
-        state["pos_embed"] = torch.zeros(1, 2, arch["dim"])  # rope replaces it: zeros of any size
+        state["pos_embed"] = torch.zeros(1, 2, arch["dim"])  # rope replaces it. Will be resized
         for key in [key for key in state if key.endswith("bias_mask")]:  # 0 for keys, else 1
             state[key.removesuffix("_mask")] = state[key.removesuffix("_mask")] * state.pop(key)
 
+    resize = {}  # DINOv2's authors resize the position embedding, of 37 x 37, in ways of their own
+    if name.endswith("_reg"):
+        resize = {"size": image_size // 14, "antialias": True}
+    elif name.startswith("dinov2") and image_size != 518:
+        resize = {"scale_factor": (image_size // 14 + 0.1) / 37}  # rounded down: the same grid
     teacher = ViT(**{**arch, "image_size": image_size, "num_classes": 0})
-    load_weights(teacher, state)
+    load_weights(teacher, state, **resize)
     return teacher.requires_grad_(False).eval()
 
 
@@ -300,12 +299,12 @@ class AnyFolder(datasets.ImageFolder):
 
 
 def load_data(args, transform):
-    """Return (training set, validation set, number of classes); without val/: (.., None, None)."""
-    if args.val or not Path(args.data).is_dir() or (Path(args.data) / "val").exists():
+    """Return (training set, validation set, number of classes); for photos (.., None, None)."""
+    if args.val or not Path(args.data).is_dir() or (Path(args.data) / "train").exists():
         return common.load_data(args, transform)
     base = AnyFolder(args.data, allow_empty=True)
-    common.say(f"{len(base)} images below {args.data}, which has no val/: no k-NN")
-    kept = np.linspace(0, len(base) - 1, round(args.data_fraction * len(base))).astype(int)
+    common.say(f"{len(base)} images below {args.data}, which has no train/: no k-NN")
+    kept = common.class_balanced_subset(base.targets, args.data_fraction) if len(base) else []
     return common.Images(base, kept, transform, args.seed), None, None
 
 
@@ -347,7 +346,7 @@ def train(args, device):
     student = ViT(**arch)
     try:
         if args.init:
-            state = common.load_checkpoint(args.init)["model"]
+            state = common.load_checkpoint(args.init).get("model", {})
             load_weights(student, {k: v for k, v in state.items() if not k.startswith("head.")})
         teacher = load_teacher(args.teacher, args.teacher_weights, args.image_size).to(device)
     except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
@@ -392,14 +391,14 @@ def train(args, device):
             images = images.to(device, non_blocking=True)
             for i, x in enumerate(images.chunk(args.accum)):
                 # DDP averages gradients over processes once a step: in the last backward pass
-                ddp.require_backward_grad_sync = i == args.accum - 1
+                ddp.require_backward_grad_sync = i == args.accum - 1  # one process: no effect
                 with autocast():
                     with torch.no_grad():
                         teacher_features = teach(x)
                     losses = ddp(x, teacher_features)
                 scaler.scale(sum(losses.values()) / args.accum).backward()
                 for name, loss in losses.items():
-                    totals[name] += loss.detach().nan_to_num(0, 0, 0) / args.accum
+                    totals[name] += loss.detach().nan_to_num(0, 0, 0) / args.accum  # NaN adds 0
 
             # Finite check and step: gradients are averaged, so all processes skip or none does
             scaler.unscale_(optimizer)
@@ -475,7 +474,7 @@ def parse_args(argv=None):
     flag("--student", choices=SIZES, default="vit_s", help="the ViT to train (%(default)s)")
     flag("--init", metavar="FILE", help="student.pth to start from, its head is left out")
     flag("--teacher", default="dino_s8", help="a name or a path, see above (%(default)s)")
-    flag("--teacher-weights", metavar="FILE", help="the named teacher's weights (else downloaded)")
+    flag("--teacher-weights", metavar="FILE", help="dinov3_*, mugs_*, moco_*, vit_* need it")
     flag("--patch-size", type=int, default=16, help="of the student, in pixels (%(default)s)")
 
     flag = group("recipe").add_argument
@@ -488,7 +487,7 @@ def parse_args(argv=None):
     flag("--warmup-epochs", type=float, default=40, help="capped at epochs / 10 (%(default)s)")
     flag("--weight-decay", type=float, default=0.05, help="AdamW's (%(default)s)")
     flag("--clip-grad", type=float, default=0.0, help="largest gradient norm, 0: off (%(default)s)")
-    flag("--crop-scale", type=float, default=0.2, help="smallest area of a crop (%(default)s)")
+    flag("--crop-scale", type=float, default=0.2, help="smallest share of the area (%(default)s)")
     flag("--seed", type=int, default=0, help="weights, order, augmentation (%(default)s)")
 
     flag = group("run").add_argument
@@ -497,7 +496,7 @@ def parse_args(argv=None):
     flag("--out", default="out/attndistill", help="folder for the results (%(default)s)")
     flag("--resume", action="store_true", help="continue the run in --out, if there is one")
     flag("--eval-every", type=int, default=20, help="epochs between k-NN evaluations (%(default)s)")
-    flag("--demo", action="store_true", help="a small teacher, students with and without guidance")
+    flag("--demo", action="store_true", help="three small runs; reads only --workers and --seed")
     flag("--visualize", nargs="+", metavar="IMAGE", help="draw attention of the student in --out")
     args = parser.parse_args(argv)
 
@@ -508,7 +507,7 @@ def parse_args(argv=None):
 
 def train_with_labels(path, args, device):
     """Train the demo's teacher by cross-entropy on the class token and save it."""
-    autocast, _ = common.precision(args, device)
+    autocast, scaler = common.precision(args, device)
     train_set, _, _ = load_data(args, common.train_transform(32, (args.crop_scale, 1.0)))
     loader = common.make_loader(train_set, args, train=True)
     torch.manual_seed(args.seed)
@@ -522,25 +521,26 @@ def train_with_labels(path, args, device):
         for images, target in loader:
             with autocast():
                 loss = F.cross_entropy(vit(images.to(device)), target.to(device))
-            loss.backward()
-            optimizer.step()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
             optimizer.zero_grad()
             schedule.step()
-    common.save_checkpoint(path, model=vit.state_dict(), arch=arch)
+    common.save_checkpoint(path, model=vit.state_dict(), arch=arch, script="attndistill")
 
 
 def demo(args, device):
-    """Train a teacher, a student without and one with guidance; print their k-NN on shapes."""
+    """Train a teacher with labels (without would take hours), a student without guidance and one
+    with it; print their k-NN on shapes."""
     if common.world_size() > 1:
         common.fail("--demo runs in one process, without torchrun")
     flags = ("--data shapes --image-size 32 --patch-size 8 --student micro --batch-size 50 "
              "--lr 1e-3 --crop-scale 0.5 --epochs 8 --eval-every 1000 "
              f"--workers {args.workers} --seed {args.seed}")
-    common.say("The teacher is trained with labels: self-supervision would take hours")
     table = []
     with tempfile.TemporaryDirectory() as out:
         train_with_labels(f"{out}/teacher.pth", parse_args(flags.split()), device)
-        for name, lambda_a in (("alignment", 0), ("alignment + guidance", args.lambda_a)):
+        for name, lambda_a in (("alignment", 0), ("alignment + guidance", 0.1)):
             more = f"--teacher {out}/teacher.pth --lambda-a {lambda_a} --out {out}/{lambda_a}"
             record = train(parse_args(f"{flags} {more}".split()), device)
             table.append(f"student, {name:21s} k-NN top-1 {record['knn20']:5.1f} %")

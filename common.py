@@ -80,8 +80,7 @@ def fail(problem):
 
 def train_transform(image_size, scale=(0.08, 1.0), rand_augment=0, random_erasing=0.0):
     """Return the training transform: image -> normalised float (3, S, S). rand_augment: magnitude 0
-    (off) to 10 of two operations, each applied with probability 0.5.
-    """
+    (off) to 10 of two operations, each applied with probability 0.5."""
     steps = [v2.PILToTensor(),
              v2.RandomResizedCrop(image_size, scale, interpolation=InterpolationMode.BICUBIC),
              v2.RandomHorizontalFlip()]
@@ -117,13 +116,16 @@ class Images(Dataset):
         return len(self.indices)
 
     def __getitem__(self, i):
-        index = int(self.indices[i % len(self)])
-        try:
-            image, label = self.base[index]
-        except Exception as error:  # noqa: BLE001 - image decoders raise many kinds
-            path = self.base.samples[index][0]
-            warnings.warn(f"unreadable image {path}, the next one is taken: {error}", stacklevel=1)
-            return self[i + 1]
+        for i in range(i, i + len(self)):  # until an image can be read
+            index = int(self.indices[i % len(self)])
+            try:
+                image, label = self.base[index]
+                break
+            except Exception as error:  # noqa: BLE001 - image decoders raise many kinds
+                path = self.base.samples[index][0]
+                warnings.warn(f"unreadable image {path}, the next one is taken: {error}")
+        else:
+            raise RuntimeError("none of the images can be read")
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(hash((self.seed, int(self.epoch), index)))
             return self.transform(image), label
@@ -188,9 +190,8 @@ def load_data(args, transform):
 
 
 def make_loader(dataset, args, train):
-    """Load this process's share of the images: if train, a new order each epoch, and for any number
-    of processes the same images in a step, always as many; else every image once.
-    """
+    """Return a DataLoader of this process's share. Training: a new order each epoch; a step has the
+    same images for any number of processes, always as many. Validation: every image once."""
     batch_size = args.batch_size // world_size()
     if train:
         if args.batch_size > len(dataset):
@@ -209,10 +210,10 @@ def make_loader(dataset, args, train):
 
 
 def precision(args, device):
-    """Return (autocast, scaler): what makes the context of a forward pass, and a GradScaler.
+    """Return (autocast, scaler). `with autocast():` runs a forward pass in the chosen precision.
 
-    args.amp None becomes bf16 where the device multiplies it natively, else fp16 on a GPU and off
-    on a CPU. Prints what the run uses, so that a missing GPU is seen at once.
+    The scaler is active in fp16 only. args.amp None becomes bf16 where the device multiplies it
+    natively, else fp16 on a GPU and off on a CPU. Prints the device: a missing GPU is seen.
     """
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
@@ -249,26 +250,25 @@ def learning_rate(epoch, args):
     if epoch < warmup:
         return args.lr * epoch / warmup
     progress = (epoch - warmup) / (args.epochs - warmup)
-    return args.min_lr + (args.lr - args.min_lr) * (1 + math.cos(math.pi * progress)) / 2
+    min_lr = min(args.min_lr, args.lr)
+    return min_lr + (args.lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
 
 
 # ------------------------------------------------------------------ evaluation, checkpoints, log
 
 
 @torch.inference_mode()
-def evaluate(model, loader, device, autocast, max_seconds=math.inf):
-    """Return (top-1 in percent, number of images) of all processes; max_seconds: stop early."""
+def evaluate(model, loader, device, autocast):
+    """Return the top-1 in percent over the images of all processes."""
     model.eval()
-    right, count, started = 0, 0, time.perf_counter()
+    right = count = 0
     for images, target in loader:
         with autocast():
             logits = model(images.to(device, non_blocking=True))
         right += (logits.argmax(1).cpu() == target).sum().item()
         count += len(target)
-        if time.perf_counter() - started > max_seconds:
-            break
     right, count = sum_over_processes([right, count], device)
-    return 100 * right / count, int(count)
+    return 100 * right / count
 
 
 def save_checkpoint(path, **state):
@@ -322,9 +322,10 @@ def open_run(args):
             fail(f"{args.out} already holds a run: add --resume, or choose another --out")
         if last.exists():
             checkpoint = load_checkpoint(last)
-            changed = [f"--{name} {value}, before {checkpoint['args'].get(name)}"
-                       for name, value in vars(args).items()
-                       if name not in MAY_DIFFER and value != checkpoint["args"].get(name)]
+            old, new = checkpoint["args"], vars(args)
+            changed = [f"--{name.replace('_', '-')} {new.get(name)}, before {old.get(name)}"
+                       for name in {**old, **new}
+                       if name not in MAY_DIFFER and new.get(name) != old.get(name)]
             if changed:
                 fail(f"{last} was written with other settings: {'; '.join(changed)}")
             say(f"continuing the run in {args.out}")
@@ -338,12 +339,11 @@ def open_run(args):
 
 def log_epoch(args, log):
     """Complete the last record of `log`, print it as one line, write all records to log.jsonl."""
-    # 0 without a GPU: then the most memory that the process ever held, which Linux gives in KiB
+    # Without a GPU the first is 0: then the process's peak memory, which Linux gives in KiB
     peak = torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss
     log[-1]["peak_memory_gb"] = peak / 2**30
     if rank() == 0:
-        lines = "".join(json.dumps(record) + "\n" for record in log)
-        (Path(args.out) / "log.jsonl").write_text(lines)
+        (Path(args.out) / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
     left = sum(record["seconds"] for record in log) / len(log) * (args.epochs - len(log))
     numbers = {name: x for name, x in log[-1].items() if not isinstance(x, list)}
     shown = "  ".join(f"{name} {x:.4g}" for name, x in numbers.items())

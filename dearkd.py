@@ -23,7 +23,6 @@ Measured: CIFAR-10, 10,000 images, micro <- ResNet-56, seeds 0 to 2: 51.1 % top-
 import argparse
 import contextlib
 import math
-import os
 import tempfile
 import time
 from collections import OrderedDict, defaultdict
@@ -56,6 +55,7 @@ class Aligner(nn.Module):
         self.depthwise = nn.Conv2d(student_dim, student_dim, 3, padding=1, groups=student_dim)
         self.norm = nn.LayerNorm(student_dim, eps=1e-6)
         self.linear = nn.Linear(student_dim, teacher_channels)
+        self.to(memory_format=torch.channels_last)  # as tokens lie in memory
 
     def forward(self, tokens):
         B, N, D = tokens.shape
@@ -132,7 +132,7 @@ class ConvAttention(Attention):
     def __init__(self, dim, num_heads, grid_size, num_prefix_tokens, pos_dropout=0.1):
         super().__init__(dim, num_heads)
         self.num_prefix_tokens, self.pos_dropout = num_prefix_tokens, pos_dropout
-        c = torch.cartesian_prod(*[torch.arange(-1, 2)] * 2)                # (9, 2)
+        c = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2))  # (9, 2)
         c = c[c.square().sum(1).argsort(stable=True)]                       # centre first
         c = c[torch.arange(num_heads) % 9]                                  # (H, 2)
         self.pos_weight = nn.Parameter(torch.cat([-torch.ones(num_heads, 1), 2 * c], 1))  # (H, 3)
@@ -242,7 +242,8 @@ def attention_distance(vit, images):
     mean over images and patches i of sum_j a_ij |p_i - p_j|: a is the attention among patches, p
     are positions on the grid. images (B, 3, S, S)."""
     x = vit.embed(images)                                                   # (B, 2+N, D)
-    position = torch.cartesian_prod(*[torch.arange(math.isqrt(x.shape[1]))] * 2).to(x)
+    g = torch.arange(math.isqrt(x.shape[1] - 2))
+    position = torch.cartesian_prod(g, g).to(x)                             # (N, 2)
     distance, rows = torch.cdist(position, position), []                    # (N, N)
     for block in vit.blocks:
         attn = block.attn
@@ -332,17 +333,16 @@ class Teacher(nn.Module):
 def load_teacher(name, weights=None, num_classes=1000):
     """Return a frozen Teacher in eval mode.
 
-    name: one of CNNS, its weights read from the file `weights` or else downloaded; or the path of a
+    name: one of CNNS, with its weights in the file `weights` or else downloaded; or the path of a
     student.pth of --train-teacher. num_classes None: as many as the weights have. Raises ValueError
-    (name, unreadable file) or RuntimeError (another model or class count: torch names the keys).
-    """
+    (name, unreadable file) or RuntimeError (another model or class count: torch names the keys)."""
     if name in CNNS:
-        if not (weights or name.startswith("cifar")):
-            weights = models.get_model_weights(name).DEFAULT.url
-        saved = common.load_checkpoint(weights or "--teacher-weights")  # the error says what lacks
+        if not weights and name.startswith("cifar"):
+            raise ValueError(f"{name} cannot be downloaded: give its weights as a file")
+        saved = common.load_checkpoint(weights or models.get_model_weights(name).DEFAULT.url)
     elif Path(name).is_file() and not weights:
         saved = common.load_checkpoint(name)
-        name = saved.get("cnn", f"{name} (not written by --train-teacher)")
+        name = saved.get("cnn", f"{name}, which --train-teacher did not write")
     if name not in CNNS:
         raise ValueError(f"no teacher {name}: choose {', '.join(CNNS)}, or a student.pth")
     state = saved.get("model", saved.get("state_dict", saved))
@@ -357,7 +357,7 @@ def load_teacher(name, weights=None, num_classes=1000):
 
 
 class Distillation(nn.Module):
-    """All that is trained, in one module for one DDP. Returns {name: loss term}."""
+    """All that is trained, in one module for one DDP. Returns {name: weighted loss term}."""
 
     def __init__(self, student, aligners, hints, args):
         super().__init__()
@@ -408,7 +408,8 @@ def train(args, device):
     torch.manual_seed(args.seed)
     arch = {**SIZES[args.student], "image_size": args.image_size, "patch_size": args.patch_size,
             "num_classes": num_classes, "mhca_blocks": args.mhca_blocks}
-    drop_path, ema_decay = (0.1, 0.99996) if args.student == "deit_b" else (0.0, 0.0)
+    drop_path = 0.1 if args.student == "deit_b" else 0.0
+    ema_decay = max(0, 1 - 15 / (args.epochs * len(loader))) if drop_path else 0  # DeiT: 0.99996
     student = ViT(**arch, pos_dropout=args.pos_dropout, drop_path=drop_path)
     teacher, hints, aligners = None, [], nn.ModuleList()
     try:
@@ -443,8 +444,8 @@ def train(args, device):
         for name, part in resumed.items():
             part.load_state_dict(checkpoint[name])
     elif teacher:
-        top1, count = common.evaluate(teacher, val_batches, device, autocast, max_seconds=3)
-        common.say(f"teacher {args.teacher}: top-1 {top1:.1f} % on {count} validation images")
+        top1 = common.evaluate(teacher, val_batches, device, autocast)
+        common.say(f"teacher {args.teacher}: top-1 {top1:.1f} % on the validation images")
 
     if args.compile:  # in place, so that the names in state_dict() stay
         model.compile(dynamic=False)
@@ -456,7 +457,7 @@ def train(args, device):
     for epoch in range(first_epoch, args.epochs):
         # Stage 1 has the teacher. In stage 2 it does not run, and its aligners are not trained
         stage = 1 if teacher and epoch < args.stage1_epochs else 2
-        if epoch in (first_epoch, args.stage1_epochs):  # DDP waits for all that needs a gradient
+        if epoch in (first_epoch, args.stage1_epochs):  # DDP expects all gradients required here
             aligners.requires_grad_(stage == 1)
             ddp = DDP(model, gradient_as_bucket_view=True) if common.world_size() > 1 else model
 
@@ -481,14 +482,14 @@ def train(args, device):
             # Forward and backward, in equal chunks to save memory
             for i, (x, y) in enumerate(zip(images.chunk(args.accum), target.chunk(args.accum))):
                 # DDP averages gradients over processes once a step: in the last backward pass
-                ddp.require_backward_grad_sync = i == args.accum - 1
+                ddp.require_backward_grad_sync = i == args.accum - 1  # one process: no effect
                 with autocast():
                     with torch.no_grad():
                         teacher_features = teacher.features(x) if stage == 1 else None
                     losses = ddp(x, y, teacher_features)
                 scaler.scale(sum(losses.values()) / args.accum).backward()
                 for name, loss in losses.items():
-                    totals[name] += loss.detach().nan_to_num(0, 0, 0) / args.accum
+                    totals[name] += loss.detach().nan_to_num(0, 0, 0) / args.accum  # NaN adds 0
 
             # Finite check and step: gradients are averaged, so all processes skip or none does
             scaler.unscale_(optimizer)
@@ -508,7 +509,7 @@ def train(args, device):
                   "skipped_steps": sum(skipped[-len(loader):]),
                   "images_per_second": len(loader) * args.batch_size / (time.time() - started)}
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 in (args.stage1_epochs, args.epochs):
-            record["top1"], _ = common.evaluate(ema.module, val_batches, device, autocast)
+            record["top1"] = common.evaluate(ema.module, val_batches, device, autocast)
             some = np.linspace(0, len(val_set) - 1, 32).astype(int)
             some = torch.stack([val_set[i][0] for i in some])               # (32, 3, S, S)
             distance = attention_distance(ema.module, some.to(device)).mean(1)
@@ -554,15 +555,17 @@ def train_cnn(args, device):
                 logits = ddp(images.to(device, non_blocking=True)).float()
             loss = F.cross_entropy(logits, target.to(device), label_smoothing=args.label_smoothing)
             scaler.scale(loss).backward()
-            scaler.step(optimizer)
+            scaler.unscale_(optimizer)
+            if nn.utils.clip_grad_norm_(cnn.parameters(), math.inf).isfinite():  # does not clip
+                scaler.step(optimizer)
             scaler.update()
             optimizer.zero_grad()
-            total += loss.detach()
+            total += loss.detach().nan_to_num(0, 0, 0)
         for buffer in cnn.buffers() if ddp is not cnn else []:
             torch.distributed.broadcast(buffer, 0)  # BatchNorm's differ after the last step
-        top1, _ = common.evaluate(cnn, val_batches, device, autocast)
-        log.append({"epoch": epoch + 1, "ce": total.item() / len(loader), "top1": top1,
-                    "seconds": time.time() - started})
+        top1 = common.evaluate(cnn, val_batches, device, autocast)
+        log.append({"epoch": epoch + 1, **common.mean_losses({"ce": total}, len(loader), device),
+                    "top1": top1, "seconds": time.time() - started})
         common.log_epoch(args, log)
         if common.rank() == 0:
             state = {name: part.state_dict() for name, part in resumed.items()}
@@ -575,8 +578,8 @@ def train_cnn(args, device):
 # ------------------------------------------------------------------ no real images: DF-DearKD
 
 # Settings of synthesize() up to 64 px; its defaults are for ImageNet. image_lr, betas, tv, l2 and
-# jitter are the authors'. Ours are bn (theirs: 10 or 100) and first_bn (theirs: 1). Ours, too, are
-# the schedule, the clipping and the flips at this size: the authors use them for ImageNet alone.
+# jitter are the authors'. Ours: divergence, bn (theirs: 10 or 100), first_bn (theirs: 1), and here
+# the schedule, the clipping and the flips, which the authors use for ImageNet alone.
 CIFAR = {"half_steps": 0, "steps": 2000, "image_lr": 0.1, "betas": (0.9, 0.999), "tv": 2.5e-5,
          "l2": 0.0, "bn": 0.2, "first_bn": 10.0, "jitter": 2, "divergence": 1.0}
 
@@ -612,9 +615,8 @@ def synthesize(teacher, labels, image_size, half_steps=2000, steps=1000, image_l
         CE + tv TV(x) + l2 mean_i |x_i| + bn sum_l w_l (...) + divergence L_bp,
     first with the images average-pooled by 2, for half_steps, then at full size. In each step the
     CNN sees them rolled by up to `jitter` pixels, and flipped or not. S = image_size. The images
-    are normalised by common.MEAN and STD. The teacher is not changed. The defaults are the authors'
-    for torchvision's first weights (V1) of ResNet-50, which must be given as a file or URL.
-    """
+    are normalised by common.MEAN and STD. The teacher is not changed. The defaults are, divergence
+    aside, the authors' for torchvision's first weights (V1) of ResNet-50, given as file or URL."""
     generator = torch.Generator().manual_seed(seed)
     mean, std = (torch.tensor(x, device=labels.device)[:, None, None]
                  for x in (common.MEAN, common.STD))
@@ -638,8 +640,7 @@ def synthesize(teacher, labels, image_size, half_steps=2000, steps=1000, image_l
             # A random roll and flip
             x = F.avg_pool2d(images, pool)                              # (B, 3, S/pool, S/pool)
             far = jitter // pool
-            roll = torch.randint(-far, far + 1, (2,), generator=generator).tolist()
-            x = x.roll(roll, (2, 3))
+            x = x.roll(torch.randint(-far, far + 1, (2,), generator=generator).tolist(), (2, 3))
             x = x.flip(3) if torch.rand((), generator=generator) < 0.5 else x
 
             # Loss
@@ -652,7 +653,7 @@ def synthesize(teacher, labels, image_size, half_steps=2000, steps=1000, image_l
                     + divergence * intra_divergence_loss(features, labels))
 
             # Step: the gradient of the images alone, then back into the range of real images
-            images.grad, = torch.autograd.grad(loss, images)
+            images.grad = torch.autograd.grad(loss, images)[0]
             optimizer.step()
             with torch.no_grad():
                 images.clamp_(black, white)
@@ -677,8 +678,7 @@ def fill_folder(args, device):
     """Fill args.synthesize with images made from args.teacher: train/CLASS/NUMBER.png, preview.png.
 
     A batch depends on the seed and its number alone, and a batch whose files exist is skipped. So
-    with --resume the same command continues after a kill, and ends with the same files.
-    """
+    with --resume the same command continues after a kill, and ends with the same files."""
     autocast, _ = common.precision(args, device)
     if args.amp == "fp16":  # too coarse for the gradients of pixels
         args.amp = "off"
@@ -696,7 +696,7 @@ def fill_folder(args, device):
     except (AttributeError, KeyError, OSError, RuntimeError, ValueError) as error:
         common.fail(f"--synthesize: {error}")
     args.out = args.synthesize
-    new, = common.sum_over_processes([not common.open_run(args)], device)  # waits for all
+    new = common.sum_over_processes([not common.open_run(args)], device)[0]  # waits for all
     if new and common.rank() == 0:  # images of other settings do not mix
         common.save_checkpoint(out / "last.pth", args=vars(args), log=[])
     settings = CIFAR if args.image_size <= 64 else {}
@@ -716,7 +716,7 @@ def fill_folder(args, device):
         pixels = images.cpu() * std + mean                                  # (B, 3, S, S) in [0, 1]
         for image, file in [(pixels[:64], out / "preview.png"), *zip(pixels, files)]:
             save_image(image, out / f"{i}.tmp", format="png")
-            os.replace(out / f"{i}.tmp", file)  # whole or not at all
+            (out / f"{i}.tmp").replace(file)  # whole or not at all
         common.say(f"batch {i + 1} of {len(batches)}: "
                    f"{len(files) / (time.time() - started):.3g} images/s")
 
@@ -743,7 +743,7 @@ def parse_args(argv=None):
     flag("--init", metavar="FILE", help="student.pth to start from; a head of another size is new")
     flag("--teacher", default="regnet_y_16gf", help="a name or a path, see above (%(default)s)")
     flag("--teacher-weights", metavar="FILE", help="file or URL with its weights (torchvision's)")
-    flag("--train-teacher", choices=CNNS, metavar="CNN", help="train it (no MixUp, no --accum)")
+    flag("--train-teacher", choices=CNNS, metavar="CNN", help="train it; without MixUp, --accum")
     flag("--patch-size", type=int, default=16, help="of the student, in pixels (%(default)s)")
     flag("--mhca-blocks", type=int, default=4, help="first blocks with MHCA (%(default)s)")
     flag("--pos-dropout", type=float, default=0.1, help="of MHCA's position term (%(default)s)")
@@ -763,7 +763,7 @@ def parse_args(argv=None):
     flag("--warmup-epochs", type=float, default=20, help="capped at epochs / 10 (%(default)s)")
     flag("--weight-decay", type=float, default=0.05, help="AdamW's (%(default)s)")
     flag("--clip-grad", type=float, default=5.0, help="largest gradient norm, 0: off (%(default)s)")
-    flag("--crop-scale", type=float, default=0.08, help="smallest area of a crop (%(default)s)")
+    flag("--crop-scale", type=float, default=0.08, help="smallest share of the area (%(default)s)")
     flag("--label-smoothing", type=float, default=0.1, help="of the cross-entropy (%(default)s)")
     flag("--mixup", type=float, default=0.8, help="alpha of MixUp, 0: off (%(default)s)")
     flag("--cutmix", type=float, default=1.0, help="alpha of CutMix, 0: off (%(default)s)")
@@ -774,7 +774,7 @@ def parse_args(argv=None):
     flag = group("no real images", "Defaults (a; b): a up to 64 px, b above.").add_argument
     flag("--synthesize", metavar="DIR", help="fill DIR/train; class folders are named as in --val")
     flag("--images-per-class", type=int, default=100, help="how many to make (%(default)s)")
-    flag("--images-per-batch", type=int, default=128, help="how many at once (%(default)s)")
+    flag("--images-per-batch", type=int, default=128, help="at once, at least 7 (%(default)s)")
     own = {"default": argparse.SUPPRESS}  # the defaults are those of synthesize()
     flag("--half-steps", type=int, **own, help="steps at half size (0; 2000)")
     flag("--steps", type=int, **own, help="steps at full size (2000; 1000)")
@@ -789,12 +789,12 @@ def parse_args(argv=None):
     flag("--out", default="out/dearkd", help="folder for the results (%(default)s)")
     flag("--resume", action="store_true", help="continue the run in --out, if there is one")
     flag("--eval-every", type=int, default=1, help="epochs between evaluations (%(default)s)")
-    flag("--demo", action="store_true", help="a small CNN, student alone, student distilled")
+    flag("--demo", action="store_true", help="three small runs; reads only --workers and --seed")
     flag("--demo-data-free", action="store_true", help="a small CNN, images made from it")
     args = parser.parse_args(argv)
 
     if args.train_teacher or args.synthesize:
-        args.patch_size = 1  # a CNN has no patches: any --image-size will do
+        args.patch_size = args.accum = 1  # a CNN has no patches: any --image-size will do
     if args.stage1_epochs is None:
         args.stage1_epochs = round(args.epochs * 5 / 6)
     common.check_args(args, {

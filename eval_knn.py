@@ -17,7 +17,6 @@ import math
 import torch
 import torch.nn.functional as F
 from torch import distributed as dist
-from torch import nn
 from tqdm import tqdm
 
 import common
@@ -84,15 +83,14 @@ def train_linear(features, labels, num_classes, lr, epochs=30, batch_size=1024):
     features (N, D), labels (N,). SGD with momentum 0.9, cosine to 0, no weight decay.
     """
     std, mean = torch.std_mean(features[:50_000].float(), dim=0, correction=0)
-    linear = nn.Linear(features.shape[1], num_classes, device=features.device)
-    for parameter in linear.parameters():
-        nn.init.zeros_(parameter)
+    weight = features.new_zeros(num_classes, features.shape[1]).float().requires_grad_()
+    bias = features.new_zeros(num_classes).float().requires_grad_()
 
     def predict(x):
-        return linear((x.float() - mean) / (std + 1e-6))                    # (n, C)
+        return F.linear((x.float() - mean) / (std + 1e-6), weight, bias)    # (n, C)
 
     steps = math.ceil(len(features) / batch_size)  # batches differ by one image at most
-    optimizer = torch.optim.SGD(linear.parameters(), lr, momentum=0.9)
+    optimizer = torch.optim.SGD([weight, bias], lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     generator = torch.Generator().manual_seed(0)
     for _ in range(epochs):
@@ -102,7 +100,7 @@ def train_linear(features, labels, num_classes, lr, epochs=30, batch_size=1024):
             F.cross_entropy(predict(features[batch]), labels[batch]).backward()
             optimizer.step()
             schedule.step()
-    return torch.no_grad()(predict)
+    return torch.no_grad()(predict)  # predict, made to run without gradients
 
 
 def linear_probe(train, test, num_classes):
@@ -133,15 +131,16 @@ def extract_features(model, dataset, args, device, autocast, gather):
     features = torch.zeros(rows, model.cls_token.shape[-1], dtype=torch.float16, device=device)
     labels = torch.full((rows,), -1, device=device)  # shares differ by one image: -1 fills up
     for images, target in tqdm(loader, "features", leave=False, disable=common.rank() > 0 or None):
-        part = slice(done, done := done + len(images))
         with autocast():
-            features[part] = model(images.to(device, non_blocking=True)).half()
-        labels[part] = target.to(device)
+            features[done:done + len(images)] = model(images.to(device, non_blocking=True)).half()
+        labels[done:done + len(images)] = target.to(device)
+        done += len(images)
+    features.nan_to_num_(0, 0, 0)  # in k-NN one NaN would spoil the votes of all images
     if gather and common.world_size() > 1:
-        shares, rows = (features, labels), rows * common.world_size()
-        features, labels = features.new_empty(rows, features.shape[1]), labels.new_empty(rows)
-        dist.all_gather_into_tensor(features, shares[0])
-        dist.all_gather_into_tensor(labels, shares[1])
+        shares = [(x.new_empty(common.world_size(), *x.shape), x) for x in (features, labels)]
+        for whole, share in shares:
+            dist.all_gather(list(whole), share)
+        features, labels = (whole.flatten(0, 1) for whole, _ in shares)
     return features[labels >= 0], labels[labels >= 0]
 
 
@@ -161,7 +160,7 @@ def load_model(args):
         args.image_size = args.image_size or 224
         import attndistill
         return attndistill.load_teacher(args.arch, args.weights, args.image_size)
-    saved = common.load_checkpoint(args.weights or "--weights (or --arch)")
+    saved = common.load_checkpoint(args.weights) if args.weights else {}
     if saved.get("script") not in ("attndistill", "vitkd", "dearkd"):
         raise ValueError(f"{args.weights} is no student.pth; released weights need --arch")
     script, arch = importlib.import_module(saved["script"]), saved["arch"]
@@ -179,7 +178,7 @@ def parse_args(argv=None):
 
     flag = parser.add_argument
     flag("--weights", metavar="FILE", help="student.pth of a script; with --arch a released file")
-    flag("--arch", help="a teacher's name in attndistill.py; without --weights it is downloaded")
+    flag("--arch", help="a teacher's name in attndistill.py; some are downloaded without --weights")
     flag("--data", default="data/imagenet", help="folder, cifar10, cifar100, shapes (%(default)s)")
     flag("--val", help="another folder of CLASS/* with validation images")
     flag("--data-fraction", type=float, default=1.0, help="part of each class (%(default)s)")

@@ -95,6 +95,8 @@ def test_unreadable_images_are_named_and_replaced(tmp_path):
     with pytest.warns(UserWarning, match="unreadable image .*2.png, the next one is taken") as seen:
         red = [int(dataset[i][0][0, 0, 0]) for i in range(6)]
     assert red == [0, 1, 4, 4, 4, 5] and len(seen) == 3  # 2; 3 for its sake; 3
+    with pytest.warns(UserWarning), pytest.raises(RuntimeError, match="none of the images"):
+        common.Images(dataset.base, [2, 3], None)[1]
 
 
 def test_transforms_have_the_recipes_form():
@@ -131,6 +133,8 @@ def test_learning_rate_in_closed_form():
     assert rates == pytest.approx([0, 1.0, 2.0, 1.25, 0.5])
     args.epochs = 20  # then at most a tenth of the run
     assert common.learning_rate(2, args) == pytest.approx(2.0)
+    args.lr = 0.1  # below min_lr: then it is constant
+    assert [common.learning_rate(epoch, args) for epoch in (2, 20)] == pytest.approx([0.1, 0.1])
 
 
 def test_no_weight_decay_on_biases_norms_tokens_and_positions():
@@ -146,8 +150,8 @@ def test_evaluate_counts_every_image_of_a_small_last_batch():
     images, target = torch.eye(7), torch.tensor([0, 1, 2, 3, 4, 0, 0])
     loader = torch.utils.data.DataLoader(TensorDataset(images, target), batch_size=3)
     autocast = lambda: torch.autocast("cpu", enabled=False)  # noqa: E731
-    top1, count = common.evaluate(torch.nn.Identity(), loader, torch.device("cpu"), autocast)
-    assert (top1, count) == (pytest.approx(100 * 5 / 7), 7)
+    top1 = common.evaluate(torch.nn.Identity(), loader, torch.device("cpu"), autocast)
+    assert top1 == pytest.approx(100 * 5 / 7)
 
 
 # ------------------------------------------------------------------ checkpoints

@@ -3,7 +3,6 @@
 import importlib
 import re
 import shlex
-import subprocess
 
 import pytest
 import torch
@@ -58,10 +57,3 @@ def test_links_and_headings_lead_somewhere():
     for text in (README, (ROOT / "tests" / "evidence" / "README.md").read_text()):
         for target in re.findall(r"\]\(([^)#]+?)\)", text):
             assert target.startswith("https://") or (ROOT / target).exists(), target
-
-
-def test_ci_runs_the_readmes_test_command():
-    script = (ROOT / ".ci" / "run").read_text().replace("python3 -m venv", "exit; #")
-    shown = subprocess.run(["bash", "-c", script, str(ROOT / ".ci" / "run")], cwd=ROOT, text=True,
-                           capture_output=True, check=True)
-    assert shown.stdout.startswith("+ pip install -r requirements.txt && python -m pytest ")

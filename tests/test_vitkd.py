@@ -170,7 +170,7 @@ def test_released_formats_load_and_give_their_logits(name, tmp_path, monkeypatch
     if name == "deit3_s":  # other names, and no position of the class token: zeros
         timm = {**plain(layer_scale=True), **{k: v for k, v in released.items() if "head" in k}}
         timm["pos_embed"][:, 0] = 0
-        released = {k.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): v
+        released = {k.replace("ls1.gamma", "gamma_1"): v  # ls2.gamma: a timm export's name
                     for k, v in timm.items()} | {"pos_embed": timm["pos_embed"][:, 1:]}
     torch.save({"model": released}, tmp_path / "x.pth")
     teacher, images = vitkd.load_teacher(name, tmp_path / "x.pth", 9), torch.randn(2, 3, 224, 224)
