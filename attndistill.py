@@ -468,7 +468,7 @@ def parse_args(argv=None):
     flag("--val", help="another folder of CLASS/* with validation images")
     flag("--data-fraction", type=float, default=1.0, help="part of each class to use (%(default)s)")
     flag("--image-size", type=int, default=224, help="side length in pixels (%(default)s)")
-    flag("--workers", type=int, default=common.WORKERS, help="data processes per GPU (%(default)s)")
+    flag("--workers", type=int, default=common.WORKERS, help="data workers per GPU (%(default)s)")
 
     flag = group("models", f"Teachers: {', '.join(TEACHERS)}, a student.pth.").add_argument
     flag("--student", choices=SIZES, default="vit_s", help="the ViT to train (%(default)s)")
@@ -479,8 +479,8 @@ def parse_args(argv=None):
 
     flag = group("recipe").add_argument
     flag("--lambda-a", type=float, default=0.1, help="weight of guidance, 0: off (%(default)s)")
-    flag("--batch-size", type=int, default=4096, help="images per step in all (%(default)s)")
-    flag("--accum", type=int, default=1, help="forward passes per step: saves memory (%(default)s)")
+    flag("--batch-size", type=int, default=4096, help="global batch size (%(default)s)")
+    flag("--accum", type=int, default=1, help="gradient accumulation steps (%(default)s)")
     flag("--epochs", type=int, default=800, help="passes over the training images (%(default)s)")
     flag("--lr", type=float, help="peak learning rate (2.4e-3 * sqrt(batch size / 4096))")
     flag("--min-lr", type=float, default=0.0, help="learning rate at the end (%(default)s)")
@@ -497,7 +497,7 @@ def parse_args(argv=None):
     flag("--resume", action="store_true", help="continue the run in --out, if there is one")
     flag("--eval-every", type=int, default=20, help="epochs between k-NN evaluations (%(default)s)")
     flag("--demo", action="store_true", help="three small runs; reads only --workers and --seed")
-    flag("--visualize", nargs="+", metavar="IMAGE", help="draw attention of the student in --out")
+    flag("--visualize", nargs="+", metavar="IMAGE", help="draw attention maps: --out/attention.png")
     args = parser.parse_args(argv)
 
     common.check_args(args, {})

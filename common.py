@@ -319,7 +319,7 @@ def open_run(args):
     last, checkpoint = Path(args.out) / "last.pth", None
     try:
         if last.exists() and not args.resume:
-            fail(f"{args.out} already holds a run: add --resume, or choose another --out")
+            fail(f"{args.out} already holds a run: add --resume, or choose another folder")
         if last.exists():
             checkpoint = load_checkpoint(last)
             old, new = checkpoint["args"], vars(args)

@@ -736,16 +736,16 @@ def parse_args(argv=None):
     flag("--val", help="another folder of CLASS/* with validation images")
     flag("--data-fraction", type=float, default=1.0, help="part of each class to use (%(default)s)")
     flag("--image-size", type=int, default=224, help="side length in pixels (%(default)s)")
-    flag("--workers", type=int, default=common.WORKERS, help="data processes per GPU (%(default)s)")
+    flag("--workers", type=int, default=common.WORKERS, help="data workers per GPU (%(default)s)")
 
     flag = group("models", f"Teachers: {', '.join(CNNS)}, a student.pth, none.").add_argument
     flag("--student", choices=SIZES, default="deit_t", help="the ViT to train (%(default)s)")
     flag("--init", metavar="FILE", help="student.pth to start from; a head of another size is new")
     flag("--teacher", default="regnet_y_16gf", help="a name or a path, see above (%(default)s)")
     flag("--teacher-weights", metavar="FILE", help="file or URL with its weights (torchvision's)")
-    flag("--train-teacher", choices=CNNS, metavar="CNN", help="train it; without MixUp, --accum")
+    flag("--train-teacher", choices=CNNS, metavar="CNN", help="train it, without MixUp, --accum")
     flag("--patch-size", type=int, default=16, help="of the student, in pixels (%(default)s)")
-    flag("--mhca-blocks", type=int, default=4, help="first blocks with MHCA (%(default)s)")
+    flag("--mhca-blocks", type=int, default=4, help="how many blocks have MHCA (%(default)s)")
     flag("--pos-dropout", type=float, default=0.1, help="of MHCA's position term (%(default)s)")
 
     flag = group("loss", "Blocks are numbered from 0, stages of the CNN from 1.").add_argument
@@ -755,8 +755,8 @@ def parse_args(argv=None):
     flag("--beta", type=float, default=10.0, help="weight of the hints (%(default)s)")
 
     flag = group("recipe").add_argument
-    flag("--batch-size", type=int, default=1024, help="images per step in all (%(default)s)")
-    flag("--accum", type=int, default=1, help="forward passes per step: saves memory (%(default)s)")
+    flag("--batch-size", type=int, default=1024, help="global batch size (%(default)s)")
+    flag("--accum", type=int, default=1, help="gradient accumulation steps (%(default)s)")
     flag("--epochs", type=int, default=300, help="passes over the training images (%(default)s)")
     flag("--lr", type=float, help="peak learning rate (1e-3 * sqrt(batch size / 1024))")
     flag("--min-lr", type=float, default=1e-5, help="learning rate at the end (%(default)s)")
@@ -781,7 +781,7 @@ def parse_args(argv=None):
     flag("--image-lr", type=float, **own, help="learning rate of the pixels (0.1; 0.25)")
     flag("--tv", type=float, **own, help="weight of total variation (2.5e-5; 1e-4)")
     flag("--bn", type=float, **own, help="weight of BatchNorm's statistics (0.2; 0.01)")
-    flag("--divergence", type=float, **own, help="weight of L_bp (1.0)")
+    flag("--divergence", type=float, **own, help="weight of the intra-divergence loss (1.0)")
 
     flag = group("run").add_argument
     flag("--amp", choices=("bf16", "fp16", "off"), help="precision (the fastest the device has)")

@@ -183,7 +183,7 @@ def parse_args(argv=None):
     flag("--val", help="another folder of CLASS/* with validation images")
     flag("--data-fraction", type=float, default=1.0, help="part of each class (%(default)s)")
     flag("--image-size", type=int, help="in pixels (the weights' own; with --arch 224)")
-    flag("--workers", type=int, default=common.WORKERS, help="data processes per GPU (%(default)s)")
+    flag("--workers", type=int, default=common.WORKERS, help="data workers per GPU (%(default)s)")
     flag("--batch-size", type=int, default=256, help="images per forward pass in all (%(default)s)")
     flag("--linear", action="store_true", help="softmax regression on the features, too")
     flag("--amp", choices=("bf16", "fp16", "off"), help="precision (the fastest the device has)")

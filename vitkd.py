@@ -404,25 +404,25 @@ def parse_args(argv=None):
     flag("--val", help="another folder of CLASS/* with validation images")
     flag("--data-fraction", type=float, default=1.0, help="part of each class to use (%(default)s)")
     flag("--image-size", type=int, default=224, help="side length in pixels (%(default)s)")
-    flag("--workers", type=int, default=common.WORKERS, help="data processes per GPU (%(default)s)")
+    flag("--workers", type=int, default=common.WORKERS, help="data workers per GPU (%(default)s)")
 
     flag = group("models", f"Teachers: {', '.join(TEACHERS)}, a student.pth, none.").add_argument
     flag("--student", choices=STUDENTS, default="deit_t", help="the ViT to train (%(default)s)")
-    flag("--init", metavar="FILE", help="student.pth to start from; a head of another size is new")
+    flag("--init", metavar="FILE", help="student.pth or a DeiT file; a head of another size is new")
     flag("--teacher", default="deit3_s", help="a name or a path, see above (%(default)s)")
     flag("--teacher-weights", metavar="FILE", help="the named teacher's weights (else downloaded)")
     flag("--patch-size", type=int, default=16, help="in pixels; also the teacher's (%(default)s)")
 
-    flag = group("loss", "Alpha, beta: scaled to other token counts, widths.").add_argument
-    flag("--alpha", type=float, default=3e-5, help="mimicking, for 196 tokens (%(default)s)")
-    flag("--beta", type=float, default=3e-6, help="generation, for 196 tokens (%(default)s)")
+    flag = group("loss", "Alpha, beta: weights, scaled to other tokens and widths.").add_argument
+    flag("--alpha", type=float, default=3e-5, help="of mimicking, at 196 tokens (%(default)s)")
+    flag("--beta", type=float, default=3e-6, help="of generation, at 196 tokens (%(default)s)")
     flag("--mask-ratio", type=float, default=0.5, help="masked part of the tokens (%(default)s)")
     flag("--no-nkd", action="store_true", help="leave out NKD, the logit loss")
     flag("--gamma", type=float, default=1.0, help="NKD: weight of the other classes (%(default)s)")
 
     flag = group("recipe").add_argument
-    flag("--batch-size", type=int, default=1024, help="images per step in all (%(default)s)")
-    flag("--accum", type=int, default=1, help="forward passes per step: saves memory (%(default)s)")
+    flag("--batch-size", type=int, default=1024, help="global batch size (%(default)s)")
+    flag("--accum", type=int, default=1, help="gradient accumulation steps (%(default)s)")
     flag("--epochs", type=int, default=300, help="passes over the training images (%(default)s)")
     flag("--lr", type=float, help="peak learning rate (1e-3 * sqrt(batch size / 1024))")
     flag("--min-lr", type=float, default=1e-5, help="learning rate at the end (%(default)s)")

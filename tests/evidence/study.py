@@ -104,15 +104,15 @@ TABLES = {
 # Rows of README's table: {text: (table, row without the method, row with it)}
 SUMMARY = {
     "ViTKD + NKD, CIFAR-10": ("vitkd", 0, 3),
-    "ViTKD + NKD, 224 px, from ImageNet's DeiT-T": ("imagenet-vitkd", 0, 1),
+    "ViTKD + NKD, Tiny-ImageNet-20, 224 px, ImageNet DeiT-T": ("imagenet-vitkd", 0, 1),
     "DearKD, CIFAR-10": ("dearkd", 0, 3),
     "DearKD, Tiny-ImageNet-20": ("dearkd-tiny", 0, 3),
     "DF-DearKD, CIFAR-10, no real image": ("data-free", 0, 1),
     "AttnDistill, CIFAR-10, k-NN": ("attndistill", 0, 1),
     "AttnDistill, Tiny-ImageNet-20, k-NN": ("attndistill-tiny", 0, 1),
-    "AttnDistill, 224 px, from ImageNet's DeiT-T, k-NN": ("imagenet-attndistill", 0, 1),
-    "fine-tuned on 10 % of CIFAR-10 after AttnDistill": ("downstream", 1, 0),
-    "fine-tuned on 10 % of CIFAR-10 after DearKD": ("downstream", 3, 2)}
+    "AttnDistill, Tiny-ImageNet-20, 224 px, ImageNet DeiT-T, k-NN": ("imagenet-attndistill", 0, 1),
+    "fine-tuned on 10 % of CIFAR-10, after AttnDistill on CIFAR-10": ("downstream", 1, 0),
+    "fine-tuned on 10 % of CIFAR-10, after DearKD on Tiny-ImageNet-20": ("downstream", 3, 2)}
 
 # ------------------------------------------------------------------ runs
 
