@@ -8,12 +8,13 @@ ours:  what the scripts do, in their default precision (bf16 where the device mu
 
 Both run in alternating rounds in one process. A step is a forward pass of teacher and student, a
 backward pass and AdamW. Speeds and ratio are medians over rounds (ratio: smallest to largest). GiB
-is the peak; both ways lie in memory, so only the difference counts. Share: our arithmetic per
-second over that of a large matrix product in the same precision.
+is the peak of a pass, models of both ways included. Share: our arithmetic per second over that of
+a large matrix product in the same precision.
 """
 
 import argparse
 import copy
+import ctypes
 import math
 import shutil
 import statistics
@@ -51,19 +52,21 @@ def autocast(way):
 def alternate(ways, rounds):
     """Return ({way: [seconds of each round]}, {way: peak GiB}) of {way: function}."""
     seconds, peak = {way: [] for way in ways}, {}
-    for _ in range(rounds + 1):  # the first warms up
-        for way, call in ways.items():
-            Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the process
-            if DEVICE.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-            getattr(torch, DEVICE.type).synchronize()
-            started = time.perf_counter()
-            call()
-            getattr(torch, DEVICE.type).synchronize()
-            seconds[way].append(time.perf_counter() - started)
-            high = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
-            peak[way] = (torch.cuda.max_memory_allocated() or 1024 * int(high)) / 2**30
-    return {way: each[1:] for way, each in seconds.items()}, peak
+    for way, call in ways.items():  # warms up
+        ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
+        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the process
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        call()
+        high = Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]
+        peak[way] = (torch.cuda.max_memory_allocated() or 1024 * int(high)) / 2**30
+    for way, call in list(ways.items()) * rounds:
+        getattr(torch, DEVICE.type).synchronize()
+        started = time.perf_counter()
+        call()
+        getattr(torch, DEVICE.type).synchronize()
+        seconds[way].append(time.perf_counter() - started)
+    return seconds, peak
 
 
 # ------------------------------------------------------------------ training steps
@@ -71,7 +74,6 @@ def alternate(ways, rounds):
 
 def make_models(method, student, teacher, image_size, patch_size, **own):
     """Return (Distillation, frozen teacher) with random weights. own: for a ViT teacher."""
-    torch.manual_seed(0)
     module = {"attndistill": attndistill, "vitkd": vitkd, "dearkd": dearkd}[method]
     args = Namespace(alpha=0.5, beta=10.0, label_smoothing=0.1, no_nkd=False, gamma=1.0)
     blocks = {"mhca_blocks": 4} if method == "dearkd" else {}
@@ -166,7 +168,6 @@ def bench_step(method, student, teacher, image_size, patch_size, batch_size, com
 
 
 def bench_knn(N=50_000, N_test=2000, D=384, C=1000):
-    torch.manual_seed(0)
     train, test = (F.normalize(torch.randn(n, D, device=DEVICE), dim=1) for n in (N, N_test))
     labels = torch.randint(0, C, (N,), device=DEVICE)
 
@@ -182,7 +183,6 @@ def bench_knn(N=50_000, N_test=2000, D=384, C=1000):
 
 
 def bench_inversion(batch_size=128, steps=2):
-    torch.manual_seed(0)
     teacher = dearkd.Teacher(dearkd.make_cnn("cifar_resnet56", 10)).to(DEVICE)
     plain = copy.deepcopy(teacher).to(memory_format=torch.contiguous_format)
     labels = torch.arange(batch_size, device=DEVICE) % 10
@@ -197,12 +197,11 @@ def bench_photos(magnitude, epochs=4):
     shutil.unpack_archive(DATA / "imagenet_photos.zip", folder := tempfile.mkdtemp())
     photos, ours = ImageFolder(folder), common.train_transform(224, rand_augment=magnitude)
     to_tensor, crop, flip, *rest = ours.transforms
-    loops = []
-    for transform in (v2.Compose([crop, flip, to_tensor, *rest]), ours):
-        loader = DataLoader(common.Images(photos, range(len(photos)), transform), 32, num_workers=1,
-                            sampler=[*range(len(photos))] * epochs, persistent_workers=True)
-        loops.append(partial(deque, loader, 0))
-    return f"photos, one worker, RandAugment {magnitude}", epochs * len(photos), *loops
+    loaders = [DataLoader(common.Images(photos, range(len(photos)), transform), 32, num_workers=1,
+                          sampler=[*range(len(photos))] * epochs, persistent_workers=True)
+               for transform in (v2.Compose([crop, flip, to_tensor, *rest]), ours)]
+    return (f"photos, one worker, RandAugment {magnitude}", epochs * len(photos),
+            *(partial(deque, loader, 0) for loader in loaders))
 
 
 ROWS = {
@@ -233,6 +232,7 @@ def main():
           "| row | images/s plain | ours | ours / plain | GiB plain | ours | share |\n"
           "|---|---|---|---|---|---|---|")
     for row in args.rows or ROWS:
+        torch.manual_seed(0)
         own = {"compile": True} if args.compile and "bench_step" in str(ROWS[row]) else {}
         name, images, *ways = ROWS[row](**own)
         with FlopCounterMode(display=False) as counter:
