@@ -235,9 +235,9 @@ def main():
         torch.manual_seed(0)
         own = {"compile": True} if args.compile and "bench_step" in str(ROWS[row]) else {}
         name, images, *ways = ROWS[row](**own)
-        with FlopCounterMode(display=False) as counter:
-            ways[1]()
         seconds, peak = alternate(dict(zip(("plain", "ours"), ways)), args.rounds)
+        with FlopCounterMode(display=False) as counter:  # last: data workers would inherit it
+            ways[1]()
         plain, ours = (statistics.median(s) for s in seconds.values())
         ratio = [a / b for a, b in zip(*seconds.values())]
         print(f"| {name} | {images / plain:.3g} | {images / ours:.3g} | "

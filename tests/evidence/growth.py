@@ -37,6 +37,9 @@ def step(image_size, batch_size):
 
 
 def steps():
+    args = Namespace(amp=None)
+    common.precision(args, bench.DEVICE)  # prints the machine and sets args.amp
+    bench.DTYPES["ours"] = torch.bfloat16 if args.amp == "bf16" else torch.float
     print("| image size (tokens), batch 8 | seconds of a step |\n|---|---|")
     for size in (112, 224, 448):
         print(f"| {size} ({(size // 16)**2}) | {seconds(step(size, 8)):.3f} |", flush=True)
