@@ -593,8 +593,8 @@ def total_variation(x):
 
 
 def batch_norm_loss(inputs, first_weight=10.0):
-    """Return sum_l w_l (|mu_l(x) - mu_l| + |var_l(x) - var_l|): statistics of a batch against those
-    stored in BatchNorm l; norms over channels; w_0 = first_weight, the other weights are 1. inputs:
+    """Return sum_l w_l (|mu_l(x) - mu_l| + |var_l(x) - var_l|). mu_l and var_l are those stored in
+    BatchNorm l. Norms are over channels. w_0 = first_weight, the other weights are 1. inputs:
     {BatchNorm: its input (B, C, h, w)}, in the order of the network."""
     distances = []
     for norm, x in inputs.items():
