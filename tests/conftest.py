@@ -89,9 +89,9 @@ def start(*command, **environment):
                             env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
 
-def run(*command, status=0):
+def run(*command, status=0, **environment):
     """Run a process to its end; return (stdout, stderr)."""
-    process = start(*command)
+    process = start(*command, **environment)
     out, err = process.communicate(timeout=240)
     assert process.returncode == status, out + err
     return out, err

@@ -1,17 +1,15 @@
 """common.py: data, schedule, checkpoints."""
 
+import itertools
+import multiprocessing
 import os
 import pickle
-import signal
-import subprocess
-import sys
 import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
 from torch.utils.data import TensorDataset
 from torchvision import datasets
@@ -157,20 +155,22 @@ def test_evaluate_counts_every_image_of_a_small_last_batch():
 # ------------------------------------------------------------------ checkpoints
 
 
+def save_forever(path):
+    for i in itertools.count():
+        common.save_checkpoint(path, i=i, zeros=torch.full((10**6,), i))
+
+
 def test_a_kill_while_saving_leaves_a_whole_file(tmp_path):
-    program = ("import sys, torch, common\n"
-               "for i in range(10**6):\n"
-               "    common.save_checkpoint(sys.argv[1], i=i, zeros=torch.full((10**6,), i))\n")
-    process = subprocess.Popen([sys.executable, "-c", program, tmp_path / "x.pth"], cwd=ROOT)
+    process = multiprocessing.get_context("fork").Process(
+        target=save_forever, args=[tmp_path / "x.pth"])
+    process.start()
     while not (tmp_path / "x.pth").exists():
         time.sleep(0.05)
     for _ in range(100):  # a reader never sees half a file
         state = common.load_checkpoint(tmp_path / "x.pth")
         assert (state["zeros"] == state["i"]).all()
-    while not (tmp_path / "x.pth.tmp").exists():
-        pass
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     state = common.load_checkpoint(tmp_path / "x.pth")
     assert (state["zeros"] == state["i"]).all()
 
