@@ -67,7 +67,8 @@ def photos(tmp_path_factory):
 @pytest.fixture(scope="session")
 def teacher(tmp_path_factory):
     """A small ViT of random weights, as a student.pth of vitkd.py: ten classes, 16 px. Beside it
-    lies cnn.pth, a CNN of random weights, as dearkd.py --train-teacher writes them."""
+    lie cnn.pth, a CNN of random weights, as dearkd.py --train-teacher writes them, and a folder of
+    images, shapes: 160 for training and 40 for validation."""
     torch.manual_seed(1)
     arch = {"image_size": 16, "patch_size": 4, "dim": 48, "depth": 2, "num_heads": 4,
             "num_classes": 10}
@@ -76,6 +77,11 @@ def teacher(tmp_path_factory):
                            script="vitkd")
     state = dearkd.make_cnn("cifar_resnet20", 10).state_dict()
     common.save_checkpoint(folder / "cnn.pth", model=state, cnn="cifar_resnet20")
+    for split, count in (("train", 160), ("val", 40)):
+        for i, (pixels, label) in zip(range(count), common.Shapes(count, 16, seed=count)):
+            path = folder / "shapes" / split / str(label) / f"{i:03d}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.permute(1, 2, 0).numpy()).save(path)
     return folder / "student.pth"
 
 

@@ -278,8 +278,7 @@ def test_wrong_teachers_say_what_is_wrong(tmp_path, monkeypatch):
             ("dinov2_s14", registers, 224, "Unexpected key.*register_tokens"),
             ("dinov3_s16", plain(), 224, "Missing key.*register_tokens"),
             ("vit_s16", {"fc.weight": torch.zeros(1)}, 224, "Missing key.*Unexpected key.*fc.w"),
-            ("vit_s16", {**plain(), "dist_token": torch.zeros(1)}, 224, "Unexpected.*dist_token"),
-            ("vit_s8", plain(), 224, "size mismatch for patch_embed")):
+            ("vit_s16", {**plain(), "dist_token": torch.zeros(1)}, 224, "Unexpected.*dist_token")):
         if checkpoint is not None:
             torch.save(checkpoint, tmp_path / "w.pth")
         weights = None if checkpoint is None else tmp_path / "w.pth"
@@ -353,10 +352,9 @@ def test_any_folder_of_photos_trains_without_knn(teacher, photos, tmp_path, caps
              "--batch-size", 65)
     out = capsys.readouterr().out
     assert "65 images below" in out and "knn20" not in out
-    (tmp_path / "empty").mkdir()
-    for more in ([tmp_path / "empty"], [data, "--data-fraction", 0.1]):
-        with pytest.raises(SystemExit, match="more than the (0|6) training images"):
-            main(*TINY, "--data", *more, "--teacher", teacher, "--out", tmp_path / "b")
+    with pytest.raises(SystemExit, match="more than the 6 training images"):
+        main(*TINY, "--data", data, "--data-fraction", 0.1, "--teacher", teacher, "--out",
+             tmp_path / "b")
 
 
 def test_visualize_draws_image_teacher_and_student(teacher, photos, tmp_path):

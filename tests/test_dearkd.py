@@ -231,7 +231,7 @@ def test_the_teacher_rests_in_stage_2_and_stays_the_same_bits(teacher, tmp_path,
     assert [len(record.get("attention_distance", [])) for record in log] == [0, 6, 0, 6]
 
 
-def test_a_cnn_is_trained_resumed_and_becomes_a_teacher(photos, tmp_path):
+def test_a_cnn_is_trained_resumed_and_becomes_a_teacher(teacher, photos, tmp_path):
     words = ["--train-teacher", "cifar_resnet20", "--data", photos, "--image-size", 16, "--workers",
              0, "--batch-size", 16, "--lr", 3e-3, "--epochs", 6, "--amp", "off"]
     main("dearkd", *words, "--out", tmp_path / "a")
@@ -240,8 +240,8 @@ def test_a_cnn_is_trained_resumed_and_becomes_a_teacher(photos, tmp_path):
     last = common.load_checkpoint(tmp_path / "a" / "last.pth")
     main("dearkd", *words, "--out", tmp_path / "a", "--resume")  # nothing is left to do
     assert all(torch.equal(v, last["model"][k]) for k, v in student(tmp_path / "a").items())
-    main("dearkd", *flags("dearkd", "none", tmp_path / "b", "--data", photos, "--data-fraction", 1,
-                          "--teacher", tmp_path / "a" / "student.pth", "--epochs", 1))
+    main("dearkd", *flags("dearkd", teacher, tmp_path / "b", "--data", photos, "--epochs", 1,
+                          "--teacher", tmp_path / "a" / "student.pth"))
     assert len(student(tmp_path / "b")["head.bias"]) == 3
 
 
@@ -381,13 +381,11 @@ def test_a_killed_synthesis_ends_with_the_same_files(tmp_path):
     common.save_checkpoint(tmp_path / "cnn.pth", model=state, cnn="cifar_resnet20")
     words = ["--teacher", tmp_path / "cnn.pth", "--image-size", 16, "--images-per-class", 8,
              "--images-per-batch", 8, "--amp", "off", "--steps", 12]
-    words = [str(word) for word in words]
 
     def files(folder):
-        return {str(path.relative_to(folder)): path.read_bytes()
-                for path in folder.rglob("*.png")}
+        return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*.png")}
 
-    dearkd.main([*words, "--synthesize", str(tmp_path / "a")])
+    main("dearkd", *words, "--synthesize", tmp_path / "a")
     process = start("dearkd.py", *words, "--synthesize", tmp_path / "b")
     while not list(tmp_path.glob("b/train/*/*.png")):
         assert process.poll() is None, process.communicate()
@@ -396,8 +394,8 @@ def test_a_killed_synthesis_ends_with_the_same_files(tmp_path):
     process.wait()
     assert files(tmp_path / "b").keys() != files(tmp_path / "a").keys()
     next(tmp_path.glob("b/train/*/*.png")).unlink()  # as if killed within a batch
-    again = [*words, "--synthesize", str(tmp_path / "b"), "--resume"]
-    dearkd.main(again)
+    again = ["--synthesize", tmp_path / "b", "--resume"]
+    main("dearkd", *words, *again)
     assert files(tmp_path / "b") == files(tmp_path / "a") and len(files(tmp_path / "a")) == 25
     with pytest.raises(SystemExit, match="other settings: --steps None, before 12"):
-        dearkd.main([*words[:-2], *again[-3:]])
+        main("dearkd", *words[:-2], *again)
