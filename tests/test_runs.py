@@ -312,10 +312,10 @@ def test_demo(demo):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_nothing_recompiles(script, teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "error_on_recompile", True)
+def test_nothing_recompiles(script, teacher, tmp_path):
     torch._dynamo.reset()
     own = ["--stage1-epochs", 3] if script == "dearkd" else []  # stage 2 is another graph
-    main(script, *flags(script, teacher, tmp_path, "--compile", "--amp", "bf16", "--epochs", 3,
-                        *own))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        main(script, *flags(script, teacher, tmp_path, "--compile", "--amp", "bf16", "--epochs", 3,
+                            *own))
     assert len(records(tmp_path)) == 3
