@@ -236,7 +236,7 @@ def test_epochs_have_new_order_and_crops_and_deit_b_is_saved_as_a_moving_mean(
     assert (student(tmp_path)["norm.bias"] - mean).norm() < 1e-3 * (last - mean).norm()
 
 
-def test_full_recipe_with_mixing_and_every_precision(teacher, tmp_path, photos):
+def test_full_recipe_with_mixing_and_every_precision(teacher, tmp_path):
     for amp in ("bf16", "fp16"):
         main("vitkd", *flags("vitkd", teacher, tmp_path / amp, "--amp", amp, "--mixup", 0.8,
                              "--cutmix", 1, "--rand-augment", 9, "--random-erasing", 0.25,
