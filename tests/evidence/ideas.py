@@ -28,7 +28,7 @@ VAL = ROOT / "data" / "tiny_imagenet20" / "val"
 
 def photos(size, number=0):
     """Return one image a class, normalised (20, 3, S, S), and as pictures (20, 3, 64, 64)."""
-    files = [Image.open(sorted(folder.iterdir())[number]).convert("RGB")
+    files = [common.load_image(sorted(folder.iterdir())[number])
              for folder in sorted(VAL.iterdir())]
     return (torch.stack([common.val_transform(size)(file) for file in files]),
             torch.stack([pil_to_tensor(file) for file in files]) / 255)
@@ -80,7 +80,7 @@ def generation(chosen=(0, 3, 9)):
     teacher = vitkd.load_teacher("deit_t", WEIGHTS)
     student, state = trained(vitkd, "imagenet-vitkd-1-0")
     loss = vitkd.ViTKDLoss(96, 192)
-    loss.load_state_dict(part(state, "vitkd."))
+    loss.load_state_dict(part(state, "vitkd_loss."))
     x, pictures = photos(224)
     target = teacher.features(x)[1]
     deep = loss.align_deep(student.features(x)[1])                          # (B, N, D_t)

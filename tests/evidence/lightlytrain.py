@@ -18,7 +18,6 @@ STARTED = time.time()  # before the imports, which count, too
 
 import os
 import sys
-from types import SimpleNamespace
 
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -85,9 +84,8 @@ def speed(which):
         attndistill.main("--data data/tiny_imagenet20 --teacher vit_b16 --batch-size 8 --workers 1 "
                          "--teacher-weights out/vit_b16.pth --out out/speed".split())
     else:
-        args = SimpleNamespace(amp=None)
-        common.precision(args, torch.device("cpu"))
-        same = {"precision": "bf16-mixed" if args.amp == "bf16" else "32-true"}
+        amp = common.best_precision(torch.device("cpu"))
+        same = {"precision": "bf16-mixed" if amp == "bf16" else "32-true"}
         lightly("out/speed-lightly", 0, lambda: timm_vit(**size["vit_s"]),
                 lambda: timm_vit(**size["vit_b"]), 224, epochs=1, batch_size=8,
                 **same if which == "lightly" else {})

@@ -1,81 +1,110 @@
-"""Results on real images: make the runs, and the tables of both READMEs from their logs.
+"""Make the runs on real images, and fill the tables of both READMEs.
 
-    python tests/evidence/study.py run [PART OF A NAME]     # what has no log yet, two at a time
-    python tests/evidence/study.py tables                   # from the logs alone
+    python tests/evidence/study.py run [PART OF A NAME]   # what has no line in results.jsonl yet
+    python tests/evidence/study.py tables                 # from results.jsonl alone
 
-Needs data/cifar10 and data/tiny_imagenet20 (train/CLASS, val/CLASS), data/cifar_resnet56.pth,
-data/deit_tiny_imagenet.pth, data/deit_tiny_20.pth (the same with a head of 20 classes: see the top
-README) and the images out/study/made* of dearkd_data_free.log. Each run has one core.
+A run is one row of a table below with one seed. Its name is TABLE/ROW, as "vitkd/ViTKD + NKD". A
+finished run is one line of results.jsonl and a folder out/study/TABLE-ROW NUMBER-SEED. A failed run
+leaves what it printed in out/study/TABLE-ROW NUMBER-SEED.err. Two runs go at a time, each on one
+core. To measure a run again, delete its line.
+
+To add a row, append it to its table in TABLES. Append it at the end: folders carry the row's
+number, counted from 0. For a new table, put `<!-- study NAME -->` and `<!-- end -->` into a README.
+
+Data: data/cifar10 and data/tiny_imagenet20, folders with train/CLASS and val/CLASS.
+Teachers:
+  - out/study/*/student.pth: this script trains them, see TEACHERS. A run that needs one that is not
+    on this machine trains it first;
+  - data/cifar_resnet56.pth: a ResNet-56 for CIFAR-10, 83.2 % top-1 on data/cifar10/val;
+  - data/deit_tiny_imagenet.pth: DeiT-T/16 in the format that its authors released;
+  - data/deit_tiny_20.pth: the same with the 20 rows of its head for Tiny-ImageNet-20's classes. The
+    top README shows the code, under "Your own images and teachers".
+Made images, out/study/made0 and made1: results.jsonl has their commands, in the lines
+"images/DeepInversion" and "images/DF-DearKD, weight 1".
 """
 
+import json
 import os
+import platform
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib.metadata import version
 from pathlib import Path
-
-import torch
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
-LOGS = Path(__file__).with_name("study")
+RESULTS = Path(__file__).with_name("results.jsonl")
 OUT = "out/study"
 SEEDS = (0, 1, 2)
 
 # ------------------------------------------------------------------ commands
 
+# Crops and flips alone: runs this short gain nothing from stronger augmentation
 LIGHT = "--crop-scale 0.4 --mixup 0 --cutmix 0 --rand-augment 0 --random-erasing 0"
 SHORT = "--student micro --batch-size 128 --lr 1e-3 --workers 1 --eval-every 100"
+
 CIFAR = "--data data/cifar10 --image-size 32"
-PART = f"{CIFAR} --data-fraction 0.2"  # 10,000 images
+CIFAR_FIFTH = f"{CIFAR} --data-fraction 0.2"  # 10,000 images
 TINY = "--data data/tiny_imagenet20 --image-size 64"
-LARGE = "--data data/tiny_imagenet20 --image-size 224 --patch-size 16"
-ATTN, VITKD = f"attndistill.py {SHORT}", f"vitkd.py {SHORT} {LIGHT}"
-DEARKD = f"dearkd.py {SHORT} {LIGHT} --patch-size 4 --epochs 6 --stage1-epochs 5 {PART}"
-TINY_DEARKD = f"dearkd.py {SHORT} {LIGHT} --patch-size 8 --epochs 6 --stage1-epochs 5 {TINY}"
-MADE = (f"dearkd.py {SHORT} {LIGHT} --patch-size 4 --image-size 32 --epochs 31 --stage1-epochs 26 "
-        "--val data/cifar10/val")
-CNN = "--teacher cifar_resnet56 --teacher-weights data/cifar_resnet56.pth"
+TINY_LARGE = "--data data/tiny_imagenet20 --image-size 224 --patch-size 16"
+
+CIFAR_VIT = f"--teacher {OUT}/cifar-vit/student.pth"
+TINY_VIT = f"--teacher {OUT}/tiny-vit/student.pth"
 TINY_CNN = f"--teacher {OUT}/tiny-cnn/student.pth"
-VIT, TINY_VIT = f"--teacher {OUT}/cifar-vit/student.pth", f"--teacher {OUT}/tiny-vit/student.pth"
-IMAGENET = "--teacher deit_t --teacher-weights data/deit_tiny_20.pth"
-IMAGENET_ATTN = "--teacher vit_t16 --teacher-weights data/deit_tiny_imagenet.pth"
+CIFAR_CNN = "--teacher cifar_resnet56 --teacher-weights data/cifar_resnet56.pth"
+IMAGENET_VIT = "--teacher vit_t16 --teacher-weights data/deit_tiny_imagenet.pth"
+IMAGENET_VIT_20 = "--teacher deit_t --teacher-weights data/deit_tiny_20.pth"
 
-FEW = (f"{SHORT} {LIGHT} --data data/cifar10 --data-fraction 0.1 --patch-size 8 --epochs 8 "
-       "--teacher none")
+VITKD = f"vitkd.py {SHORT} {LIGHT}"
+ATTN = f"attndistill.py {SHORT}"
+STAGES = "--epochs 6 --stage1-epochs 5"
+DEARKD = f"dearkd.py {SHORT} {LIGHT} --patch-size 4 {STAGES} {CIFAR_FIFTH}"
+TINY_DEARKD = f"dearkd.py {SHORT} {LIGHT} --patch-size 8 {STAGES} {TINY}"
+# 31 epochs of 2,000 images have as many steps as 6 epochs of 10,000
+DATA_FREE = (f"dearkd.py {SHORT} {LIGHT} --patch-size 4 --image-size 32 --epochs 31 "
+             f"--stage1-epochs 26 --val data/cifar10/val {CIFAR_CNN}")
+FINE_TUNE = (f"{SHORT} {LIGHT} --data data/cifar10 --data-fraction 0.1 --patch-size 8 --epochs 8 "
+             "--teacher none")
 
-# Trained first, since the students need them
+# {folder: (seed, command)}
 TEACHERS = {
-    "cifar-vit": f"vitkd.py {CIFAR} {LIGHT} --teacher none --student deit_t --patch-size 8 "
-                 "--batch-size 128 --lr 8e-4 --epochs 6 --workers 1",
-    "tiny-vit": f"vitkd.py {TINY} {LIGHT} --teacher none --student deit_t --patch-size 16 "
-                "--batch-size 128 --lr 8e-4 --epochs 12 --workers 1",
-    "tiny-cnn": f"dearkd.py {TINY} {LIGHT} --train-teacher resnet18 --batch-size 128 --lr 2e-3 "
-                "--epochs 10 --workers 1"}
+    "cifar-vit": (0, f"vitkd.py {CIFAR} {LIGHT} --teacher none --student deit_t --patch-size 8 "
+                     "--batch-size 128 --lr 8e-4 --epochs 6 --workers 1"),
+    "tiny-vit": (0, f"vitkd.py {TINY} {LIGHT} --teacher none --student deit_t --patch-size 16 "
+                    "--batch-size 128 --lr 8e-4 --epochs 12 --workers 1"),
+    "tiny-cnn": (0, f"dearkd.py {TINY} {LIGHT} --train-teacher resnet18 --batch-size 128 "
+                    "--lr 2e-3 --epochs 10 --workers 1"),
+    # It teaches nobody: judge_images.py asks it what it sees in made images
+    "verifier": (1, f"dearkd.py {CIFAR} {LIGHT} --train-teacher cifar_resnet20 --batch-size 128 "
+                    "--lr 2e-3 --epochs 4 --workers 1")}
 
-# {table: {row: command without --seed and --out}}. SEED stands for the run's seed
+# {table: {row: command}}, without --seed and --out. SEED stands for the run's seed
 TABLES = {
     "vitkd": {
-        "alone": f"{VITKD} {PART} --patch-size 8 --epochs 8 --teacher none",
-        "NKD": f"{VITKD} {PART} --patch-size 8 --epochs 8 {VIT} --alpha 0 --beta 0",
-        "ViTKD": f"{VITKD} {PART} --patch-size 8 --epochs 8 {VIT} --no-nkd",
-        "ViTKD + NKD": f"{VITKD} {PART} --patch-size 8 --epochs 8 {VIT}"},
+        "alone": f"{VITKD} {CIFAR_FIFTH} --patch-size 8 --epochs 8 --teacher none",
+        "NKD": f"{VITKD} {CIFAR_FIFTH} --patch-size 8 --epochs 8 {CIFAR_VIT} --alpha 0 --beta 0",
+        "ViTKD": f"{VITKD} {CIFAR_FIFTH} --patch-size 8 --epochs 8 {CIFAR_VIT} --no-nkd",
+        "ViTKD + NKD": f"{VITKD} {CIFAR_FIFTH} --patch-size 8 --epochs 8 {CIFAR_VIT}"},
     "attndistill": {
-        "projector alignment": f"{ATTN} {PART} --patch-size 8 --epochs 8 {VIT} --lambda-a 0",
-        "+ attention guidance": f"{ATTN} {PART} --patch-size 8 --epochs 8 {VIT}"},
+        "projector alignment":
+            f"{ATTN} {CIFAR_FIFTH} --patch-size 8 --epochs 8 {CIFAR_VIT} --lambda-a 0",
+        "+ attention guidance": f"{ATTN} {CIFAR_FIFTH} --patch-size 8 --epochs 8 {CIFAR_VIT}"},
     "attndistill-tiny": {
         "projector alignment": f"{ATTN} {TINY} --patch-size 16 --epochs 8 {TINY_VIT} --lambda-a 0",
         "+ attention guidance": f"{ATTN} {TINY} --patch-size 16 --epochs 8 {TINY_VIT}"},
     "dearkd": {
         "alone": f"{DEARKD} --teacher none --mhca-blocks 0",
-        "the CNN's class": f"{DEARKD} {CNN} --hints none --mhca-blocks 0",
-        "+ early hints": f"{DEARKD} {CNN} --mhca-blocks 0",
-        "+ MHCA: DearKD": f"{DEARKD} {CNN}",
-        "later hints instead": f"{DEARKD} {CNN} --hints 1:2,3:3 --mhca-blocks 0",
-        "later hints + MHCA": f"{DEARKD} {CNN} --hints 1:2,3:3"},
+        "the CNN's class": f"{DEARKD} {CIFAR_CNN} --hints none --mhca-blocks 0",
+        "+ early hints": f"{DEARKD} {CIFAR_CNN} --mhca-blocks 0",
+        "+ MHCA: DearKD": f"{DEARKD} {CIFAR_CNN}",
+        "later hints instead": f"{DEARKD} {CIFAR_CNN} --hints 1:2,3:3 --mhca-blocks 0",
+        "later hints + MHCA": f"{DEARKD} {CIFAR_CNN} --hints 1:2,3:3"},
     "dearkd-tiny": {
         "alone": f"{TINY_DEARKD} --teacher none --mhca-blocks 0",
         "the CNN's class": f"{TINY_DEARKD} {TINY_CNN} --hints none --mhca-blocks 0",
@@ -84,117 +113,240 @@ TABLES = {
         "later hints instead": f"{TINY_DEARKD} {TINY_CNN} --hints 1:2,3:3 --mhca-blocks 0",
         "later hints + MHCA": f"{TINY_DEARKD} {TINY_CNN} --hints 1:2,3:3"},
     "data-free": {
-        "DeepInversion": f"{MADE} {CNN} --data {OUT}/made0",
-        "DF-DearKD": f"{MADE} {CNN} --data {OUT}/made1",
-        "2,000 real images": f"{MADE} {CNN} --data data/cifar10 --data-fraction 0.04"},
+        "DeepInversion": f"{DATA_FREE} --data {OUT}/made0",
+        "DF-DearKD": f"{DATA_FREE} --data {OUT}/made1",
+        "2,000 real images": f"{DATA_FREE} --data data/cifar10 --data-fraction 0.04"},
     "imagenet-attndistill": {
-        "projector alignment": f"{ATTN} {LARGE} {IMAGENET_ATTN} --epochs 6 --lambda-a 0",
-        "+ attention guidance": f"{ATTN} {LARGE} {IMAGENET_ATTN} --epochs 6"},
+        "projector alignment": f"{ATTN} {TINY_LARGE} {IMAGENET_VIT} --epochs 6 --lambda-a 0",
+        "+ attention guidance": f"{ATTN} {TINY_LARGE} {IMAGENET_VIT} --epochs 6"},
     "imagenet-vitkd": {
-        "alone": f"{VITKD} {LARGE} --epochs 6 --teacher none",
-        "ViTKD + NKD": f"{VITKD} {LARGE} --epochs 6 {IMAGENET}"},
-    "downstream": {
+        "alone": f"{VITKD} {TINY_LARGE} --epochs 6 --teacher none",
+        "ViTKD + NKD": f"{VITKD} {TINY_LARGE} --epochs 6 {IMAGENET_VIT_20}"},
+    "downstream": {  # --init: row 1 of attndistill, row 3 of dearkd-tiny
         "AttnDistill on CIFAR-10, then 10 % of its labels":
-            f"vitkd.py {FEW} --image-size 32 --init {OUT}/attndistill-1-SEED/student.pth",
-        "10 % of CIFAR-10's labels alone": f"vitkd.py {FEW} --image-size 32",
+            f"vitkd.py {FINE_TUNE} --image-size 32 --init {OUT}/attndistill-1-SEED/student.pth",
+        "10 % of CIFAR-10's labels alone": f"vitkd.py {FINE_TUNE} --image-size 32",
         "DearKD on Tiny-ImageNet-20, then 10 % of CIFAR-10":
-            f"dearkd.py {FEW} --image-size 64 --init {OUT}/dearkd-tiny-3-SEED/student.pth",
-        "10 % of CIFAR-10 alone, at 64 px": f"dearkd.py {FEW} --image-size 64"}}
+            f"dearkd.py {FINE_TUNE} --image-size 64 --init {OUT}/dearkd-tiny-3-SEED/student.pth",
+        "10 % of CIFAR-10 alone, at 64 px": f"dearkd.py {FINE_TUNE} --image-size 64"}}
 
-# Rows of README's table: {text: (table, row without the method, row with it)}
+# The top README's table: {text: (table, row without the method, row with it)}
 SUMMARY = {
-    "ViTKD + NKD, CIFAR-10": ("vitkd", 0, 3),
-    "ViTKD + NKD, Tiny-ImageNet-20, 224 px, ImageNet DeiT-T": ("imagenet-vitkd", 0, 1),
-    "DearKD, CIFAR-10": ("dearkd", 0, 3),
-    "DearKD, Tiny-ImageNet-20": ("dearkd-tiny", 0, 3),
-    "DF-DearKD, CIFAR-10, no real image": ("data-free", 0, 1),
-    "AttnDistill, CIFAR-10, k-NN": ("attndistill", 0, 1),
-    "AttnDistill, Tiny-ImageNet-20, k-NN": ("attndistill-tiny", 0, 1),
-    "AttnDistill, Tiny-ImageNet-20, 224 px, ImageNet DeiT-T, k-NN": ("imagenet-attndistill", 0, 1),
-    "fine-tuned on 10 % of CIFAR-10, after AttnDistill on CIFAR-10": ("downstream", 1, 0),
-    "fine-tuned on 10 % of CIFAR-10, after DearKD on Tiny-ImageNet-20": ("downstream", 3, 2)}
+    "ViTKD + NKD, CIFAR-10": ("vitkd", "alone", "ViTKD + NKD"),
+    "ViTKD + NKD, Tiny-ImageNet-20, 224 px, ImageNet DeiT-T":
+        ("imagenet-vitkd", "alone", "ViTKD + NKD"),
+    "DearKD, CIFAR-10": ("dearkd", "alone", "+ MHCA: DearKD"),
+    "DearKD, Tiny-ImageNet-20": ("dearkd-tiny", "alone", "+ MHCA: DearKD"),
+    "DF-DearKD, CIFAR-10, no real image": ("data-free", "DeepInversion", "DF-DearKD"),
+    "AttnDistill, CIFAR-10, k-NN": ("attndistill", "projector alignment", "+ attention guidance"),
+    "AttnDistill, Tiny-ImageNet-20, k-NN":
+        ("attndistill-tiny", "projector alignment", "+ attention guidance"),
+    "AttnDistill, Tiny-ImageNet-20, 224 px, ImageNet DeiT-T, k-NN":
+        ("imagenet-attndistill", "projector alignment", "+ attention guidance"),
+    "fine-tuned on 10 % of CIFAR-10, after AttnDistill on CIFAR-10":
+        ("downstream", "10 % of CIFAR-10's labels alone",
+         "AttnDistill on CIFAR-10, then 10 % of its labels"),
+    "fine-tuned on 10 % of CIFAR-10, after DearKD on Tiny-ImageNet-20":
+        ("downstream", "10 % of CIFAR-10 alone, at 64 px",
+         "DearKD on Tiny-ImageNet-20, then 10 % of CIFAR-10")}
 
 # ------------------------------------------------------------------ runs
 
 
-def run(name, command):
-    """Run a script on one core and write what it prints to a log, unless there is one."""
-    log = LOGS / f"{name}.log"
-    if log.exists():
-        return
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    done = subprocess.run([sys.executable, *shlex.split(command), "--out", f"{OUT}/{name}"],
+class Run(NamedTuple):
+    name: str
+    seed: int
+    command: str  # with --seed, without --out
+    folder: str   # below out/study
+    stage: int    # runs of a stage read what runs of earlier stages made
+
+
+def all_runs():
+    """Return {folder: Run}."""
+    runs = {}
+    for folder, (seed, command) in TEACHERS.items():
+        runs[folder] = Run(f"teacher/{folder}", seed, f"{command} --seed {seed}", folder, stage=0)
+    for table, rows in TABLES.items():
+        stage = 2 if table == "downstream" else 1
+        for number, (row, command) in enumerate(rows.items()):
+            for seed in SEEDS:
+                folder = f"{table}-{number}-{seed}"
+                command_of_seed = f"{command.replace('SEED', str(seed))} --seed {seed}"
+                runs[folder] = Run(f"{table}/{row}", seed, command_of_seed, folder, stage)
+    return runs
+
+
+def read_results():
+    """Return {(name, seed): line of results.jsonl}.
+
+    The first line of a name and seed counts. A teacher that is trained again, since its file is not
+    on this machine, gets a second line: that must not change a table."""
+    results = {}
+    for text in RESULTS.read_text().splitlines():
+        line = json.loads(text)
+        results.setdefault((line["name"], line["seed"]), line)
+    return results
+
+
+def runs_to_make(part):
+    """Return the runs without a line whose name contains `part`, and the teachers they lack."""
+    results = read_results()
+    runs = all_runs()
+    chosen = []
+    for run in runs.values():
+        if part in run.name and (run.name, run.seed) not in results:
+            chosen.append(run)
+    for run in chosen:  # the list grows on the way: a student that is read needs its teacher
+        for folder in re.findall(rf"{OUT}/([\w-]+)/student\.pth", run.command):
+            exists = (ROOT / OUT / folder / "student.pth").exists()
+            if not exists and runs[folder] not in chosen:
+                chosen.append(runs[folder])
+    return chosen
+
+
+def cpu_model():
+    cpuinfo = Path("/proc/cpuinfo")  # Linux alone has it
+    if cpuinfo.exists():
+        found = re.search(r"model name\s*: (.*)", cpuinfo.read_text())
+        if found:
+            return found[1]
+    return platform.processor()
+
+
+def read_epochs(log):
+    """Return the records of a log.jsonl, without what is no number."""
+    epochs = []
+    for text in log.read_text().splitlines():
+        record = json.loads(text)
+        numbers = {key: x for key, x in record.items() if isinstance(x, (int, float))}
+        epochs.append(numbers)
+    return epochs
+
+
+def make(run):
+    """Run a script on one core. Return its line, or None if it failed."""
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
+                            capture_output=True, check=True).stdout.strip()
+    date = time.strftime("%Y-%m-%d")
+    # The folder gets its name at the end, so that an interrupted run is not taken for a teacher
+    unfinished = f"{OUT}/{run.folder}.unfinished"
+    shutil.rmtree(ROOT / unfinished, ignore_errors=True)
+    done = subprocess.run([sys.executable, *shlex.split(run.command), "--out", unfinished],
                           cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    log.with_suffix(".err" if done.returncode else ".log").write_text(
-        f"# {time.strftime('%Y-%m-%d')}, one core of an {cpu}, torch {torch.__version__}\n"
-        f"$ python {command}\n{done.stdout}")
-    print(name, done.stdout.splitlines()[-1:], flush=True)
+    if done.returncode != 0:
+        (ROOT / OUT).mkdir(parents=True, exist_ok=True)
+        (ROOT / OUT / f"{run.folder}.err").write_text(f"$ python {run.command}\n{done.stdout}")
+        print(f"{run.name}, seed {run.seed}: failed, see {OUT}/{run.folder}.err", flush=True)
+        return None
+    out = ROOT / OUT / run.folder
+    shutil.rmtree(out, ignore_errors=True)  # of a run whose line was deleted
+    (ROOT / unfinished).rename(out)
+    return {
+        "name": run.name,
+        "seed": run.seed,
+        "command": f"python {run.command}",
+        "commit": commit,
+        "cpu": cpu_model(),
+        "date": date,
+        "versions": {"torch": version("torch"), "torchvision": version("torchvision")},
+        "epochs": read_epochs(out / "log.jsonl")}
 
 
-def run_all(part):
-    teachers = {name: f"{command} --seed 0" for name, command in TEACHERS.items()}
-    students = {f"{table}-{i}-{seed}": f"{row.replace('SEED', str(seed))} --seed {seed}"
-                for table, rows in TABLES.items() for seed in SEEDS
-                for i, row in enumerate(rows.values())}
-    for jobs in (teachers, {k: v for k, v in students.items() if part in k}):
-        with ThreadPoolExecutor(2) as pool:  # "downstream" is last: it needs other tables' students
-            for job in jobs.items():
-                pool.submit(run, *job)
+def make_all(part):
+    """Make the chosen runs, two at a time, and append the line of each as it ends."""
+    chosen = runs_to_make(part)
+    for stage in (0, 1, 2):
+        with ThreadPoolExecutor(max_workers=2) as pool:
+            futures = [pool.submit(make, run) for run in chosen if run.stage == stage]
+            for future in as_completed(futures):
+                line = future.result()
+                if line:
+                    with RESULTS.open("a") as results:
+                        results.write(json.dumps(line, ensure_ascii=False) + "\n")
+                    print(f"{line['name']}, seed {line['seed']}: {top1(line)}", flush=True)
 
 
 # ------------------------------------------------------------------ tables
 
 
-def results(name, i):
-    """Return the last top-1 in percent of each seed's log: the classifier's, or k-NN's (k = 20)."""
-    logs = [LOGS / f"{name}-{i}-{seed}.log" for seed in SEEDS]
-    return [float(re.findall(r"  (?:top1|knn20) ([\d.]+)", log.read_text())[-1])
-            for log in logs if log.exists()]
+def top1(line):
+    """Return the last top-1 in percent: the classifier's, or k-NN's (k = 20) in AttnDistill."""
+    for record in reversed(line["epochs"]):
+        for key in ("top1", "knn20"):
+            if key in record:
+                return record[key]
 
 
-def mean_and_deviation(top1):
-    deviation = f"{statistics.stdev(top1):.1f}" if len(top1) > 1 else "one seed"
-    return f"{statistics.mean(top1):.1f} ({deviation})" if top1 else "not run"
+def seeds_top1(results, table, row):
+    found = []
+    for seed in SEEDS:
+        line = results.get((f"{table}/{row}", seed))
+        if line:
+            found.append(top1(line))
+    return found
 
 
-def table(name):
-    """Return a table in Markdown, from its logs."""
-    if name == "summary":
-        lines = ["| method, images | without | with |", "|---|---|---|"]
-        for text, (source, *rows) in SUMMARY.items():
-            cells = [mean_and_deviation(results(source, i)) for i in rows]
-            lines.append(f"| {text} | {' | '.join(cells)} |")
-        return "\n".join(lines)
-    lines = ["| student | seeds 0, 1, 2 | mean (deviation) |", "|---|---|---|"]
-    for i, row in enumerate(TABLES[name]):
-        top1 = results(name, i)
-        lines.append(f"| {row} | {', '.join(f'{x:.1f}' for x in top1)} | "
-                     f"{mean_and_deviation(top1)} |")
+def mean_and_deviation(values):
+    if not values:
+        return "not run"
+    if len(values) == 1:
+        return f"{values[0]:.1f} (one seed)"
+    return f"{statistics.mean(values):.1f} ({statistics.stdev(values):.1f})"
+
+
+def without_and_with(results, table, rows):
+    return [mean_and_deviation(seeds_top1(results, table, row)) for row in rows]
+
+
+def gain(results, table):
+    """Return "without -> with" for the top README's table of methods."""
+    for source, *rows in SUMMARY.values():
+        if source == table:
+            return " -> ".join(without_and_with(results, table, rows))
+    raise KeyError(f"SUMMARY has no row of the table {table}")
+
+
+def summary_table(results):
+    lines = ["| method, images | without | with |", "|---|---|---|"]
+    for text, (table, *rows) in SUMMARY.items():
+        cells = " | ".join(without_and_with(results, table, rows))
+        lines.append(f"| {text} | {cells} |")
     return "\n".join(lines)
 
 
-def gain(name):
-    """Return the mean top-1 without and with a method, for README's table of methods."""
-    for source, *rows in SUMMARY.values():
-        if source == name:
-            return " -> ".join(mean_and_deviation(results(name, i)) for i in rows)
+def study_table(results, table):
+    if table == "summary":
+        return summary_table(results)
+    lines = ["| student | seeds 0, 1, 2 | mean (deviation) |", "|---|---|---|"]
+    for row in TABLES[table]:
+        values = seeds_top1(results, table, row)
+        seeds = ", ".join(f"{value:.1f}" for value in values)
+        lines.append(f"| {row} | {seeds} | {mean_and_deviation(values)} |")
+    return "\n".join(lines)
 
 
-def fill(path):
-    """Fill <!-- study NAME --> ... <!-- end --> and <!-- gain NAME -->...<!-- end --> in a file."""
-    text = re.sub(r"(<!-- study (\S+) -->\n).*?(<!-- end -->)",
-                  lambda match: f"{match[1]}{table(match[2])}\n{match[3]}", path.read_text(),
-                  flags=re.DOTALL)
-    path.write_text(re.sub(r"(<!-- gain (\S+) -->).*?(<!-- end -->)",
-                           lambda match: match[1] + gain(match[2]) + match[3], text))
+def fill(path, results):
+    """Fill the tables between <!-- study NAME --> and <!-- end -->, and <!-- gain NAME -->."""
+    def filled_table(match):
+        return f"{match[1]}{study_table(results, match[2])}\n{match[3]}"
+
+    def filled_gain(match):
+        return f"{match[1]}{gain(results, match[2])}{match[3]}"
+
+    text = path.read_text()
+    text = re.sub(r"(<!-- study (\S+) -->\n).*?(<!-- end -->)", filled_table, text, flags=re.DOTALL)
+    text = re.sub(r"(<!-- gain (\S+) -->).*?(<!-- end -->)", filled_gain, text)
+    path.write_text(text)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["run"]:
-        run_all(sys.argv[2] if sys.argv[2:] else "")
-    elif sys.argv[1:] == ["tables"]:
-        fill(ROOT / "README.md")
-        fill(LOGS.with_name("README.md"))
+    arguments = sys.argv[1:]
+    if arguments == ["tables"]:
+        lines = read_results()
+        fill(ROOT / "README.md", lines)
+        fill(Path(__file__).with_name("README.md"), lines)
+    elif arguments[:1] == ["run"] and len(arguments) <= 2:
+        make_all(arguments[1] if len(arguments) == 2 else "")
     else:
         sys.exit(__doc__)
