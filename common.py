@@ -1,30 +1,54 @@
-"""What every script needs and no paper is about: processes, data, precision, checkpoints, log."""
+"""What all scripts share: processes, images, other people's weights, precision, checkpoints, log.
+
+Nothing here belongs to a paper. A function takes what it uses and changes nothing in it.
+"""
 
 import argparse
 import datetime
-import functools
 import json
 import math
 import os
+import pickle
+import re
 import sys
 import time
-import warnings
+import urllib.parse
+from collections import Counter
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 
 import numpy as np
 import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import distributed as dist
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, v2
+from tqdm import tqdm
 
-# ImageNet's mean and standard deviation, for every data set: released teachers expect them.
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))  # this process's number on its machine
-WORKERS = max(1, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-MAY_DIFFER = ("data", "val", "init", "teacher_weights", "workers", "accum", "compile", "out",
-              "resume", "eval_every", "synthesize")  # what may change when a run is resumed
+# Mean and standard deviation of ImageNet's colours, for every data set: released teachers expect
+# images that are normalised by them.
+MEAN = (0.485, 0.456, 0.406)
+STD = (0.229, 0.224, 0.225)
+
+# torchrun tells each process its number on this machine, and how many processes run there.
+LOCAL_RANK = int(os.environ.get("LOCAL_RANK", "0"))
+LOCAL_WORLD_SIZE = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def available_cpus():
+    """Return how many CPUs this process may use. Slurm or taskset may allow only some of them."""
+    if hasattr(os, "sched_getaffinity"):  # on Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+WORKERS = max(1, available_cpus() // LOCAL_WORLD_SIZE)  # data workers of each process
+
+
+class InputError(ValueError):
+    """Wrong input. main() prints it as one line. Any other exception is a bug: full traceback."""
+
 
 # ------------------------------------------------------------------ processes
 
@@ -38,14 +62,28 @@ def world_size():
 
 
 def init_processes():
-    """Join torchrun's process group if there is one, and return this process's device."""
-    device, backend = torch.device("cpu"), "gloo"
+    """Join torchrun's other processes, if there are any. Return the device of this process."""
+    device = torch.device("cpu")
+    backend = "gloo"
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", LOCAL_RANK), "nccl"
+        device = torch.device("cuda", LOCAL_RANK)
+        backend = "nccl"
+        if LOCAL_RANK >= torch.cuda.device_count():
+            fail(f"--nproc_per_node {LOCAL_WORLD_SIZE}: there are {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(device)
-    if "RANK" in os.environ:
+        # Training batches have one size: time cuDNN's kernels in the first step, take the fastest
+        torch.backends.cudnn.benchmark = True
+    if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
     return device
+
+
+def first_on_each_machine(download):
+    """Call download() in one process of each machine. The others wait until it is done."""
+    if LOCAL_RANK == 0:
+        download()
+    if world_size() > 1:
+        dist.barrier()
 
 
 def sum_over_processes(values, device):
@@ -56,202 +94,645 @@ def sum_over_processes(values, device):
     return values.tolist()
 
 
-def mean_losses(totals, steps, device):
-    """Return means over steps and processes of the sums of loss terms {name: scalar}."""
-    means = [float(total) / steps / world_size() for total in totals.values()]
-    return dict(zip(totals, sum_over_processes(means, device)))
+def mean_over_processes(sums, steps, device):
+    """Turn a process's sums over steps, {name: sum}, into means over steps and processes."""
+    totals = sum_over_processes([float(total) for total in sums.values()], device)
+    return {name: total / (steps * world_size()) for name, total in zip(sums, totals)}
 
 
-def say(text):
+def seed_of(*numbers):
+    """Make one seed from several integers, for example (seed, epoch, rank).
+
+    Python's hash of integers is the same in every process and run. Only strings are salted.
+    """
+    return hash(numbers)
+
+
+def print0(text):
+    """Print in the first process only."""
     if rank() == 0:
-        print(text, flush=True)
+        with tqdm.external_write_mode():  # above the progress bar, if there is one
+            print(text, flush=True)
 
 
 def fail(problem):
     """End the program with one line on stderr and exit status 1."""
     if LOCAL_RANK > 0:
-        time.sleep(5)  # the first process speaks for all: torchrun then ends those that wait here
-    line = " ".join(str(problem).split())  # torch's messages have many lines
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {line[:700]}{' ...' if line[700:] else ''}")
+        # Wrong input is wrong in all processes. The first one reports it. torchrun then ends the
+        # others, which still sleep here.
+        time.sleep(5)
+    # An error of a data worker arrives with the worker's traceback in front of its message
+    message = str(problem).rpartition("InputError: ")[2]
+    one_line = " ".join(message.split())
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {one_line}")
 
 
-# ------------------------------------------------------------------ data
+# ------------------------------------------------------------------ types of flags
+
+
+def in_range(number, low, high):
+    if not low <= number <= high:  # nan is never in a range
+        raise argparse.ArgumentTypeError(f"{number} is not between {low:g} and {high:g}")
+    return number
+
+
+def positive_int(text):
+    return in_range(int(text), 1, 1e9)
+
+
+def non_negative_int(text):
+    return in_range(int(text), 0, 1e9)
+
+
+def non_negative(text):
+    return in_range(float(text), 0, 1e9)
+
+
+def fraction(text):
+    return in_range(float(text), 0, 1)
+
+
+# ------------------------------------------------------------------ images
+
+# Endings of the files that Pillow opens. It also knows some types that it can only recognise.
+Image.init()
+OPENED = set(Image.OPEN) - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in OPENED}
+
+
+def load_image(path):
+    """Return an upright RGB image of 8 bits. Raises OSError, which names the file and the reason.
+
+    Grey values of 16 bits are scaled from 0 .. 65535 to 0 .. 255. The scale is the same for all
+    images, so that a dark image stays dark.
+    """
+    try:
+        # An open file, not its path: given a path, Pillow maps uncompressed TIFFs into memory and
+        # turns them wrongly
+        with open(path, "rb") as file, Image.open(file) as image:
+            # Phones save a photo as it came from the sensor, and note in EXIF how to turn it
+            ImageOps.exif_transpose(image, in_place=True)
+            if image.mode == "F":
+                raise ValueError("floats have no range that maps to 8 bits: convert it first")
+            if image.mode == "I" or image.mode.startswith("I;16"):
+                # convert("RGB") would clip these at 255: nearly all white
+                grey = np.asarray(image).astype(np.int64)
+                if grey.min() < 0 or grey.max() > 65535:
+                    raise ValueError("it has more than 16 bits: convert it first")
+                image = Image.fromarray((grey / 257).round().astype(np.uint8))
+            return image.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise OSError(f"unreadable image {path}: it is not an image that Pillow knows") from error
+    except Exception as error:  # image decoders raise many kinds
+        raise OSError(f"unreadable image {path}: {error}") from error
+
+
+class RandAugment(v2.RandAugment):
+    """torchvision's RandAugment with operations closer to those of DeiT's recipe.
+
+    There is no Identity, there is Invert, and Posterize leaves 4 to 0 bits instead of 8 to 4. The
+    recipe's SolarizeAdd is missing here.
+    """
+
+    _AUGMENTATION_SPACE = {  # name: (function that gives a magnitude for each bin, has it a sign?)
+        **v2.RandAugment._AUGMENTATION_SPACE,
+        "Invert": (lambda num_bins, height, width: None, False),  # has no magnitude
+        "Posterize": (lambda num_bins, height, width: torch.linspace(4, 0, num_bins).ceil(), False),
+    }
+    del _AUGMENTATION_SPACE["Identity"]
 
 
 def train_transform(image_size, scale=(0.08, 1.0), rand_augment=0, random_erasing=0.0):
-    """Return the training transform: image -> normalised float (3, S, S). rand_augment: magnitude 0
-    (off) to 10 of two operations, each applied with probability 0.5."""
-    steps = [v2.PILToTensor(),
-             v2.RandomResizedCrop(image_size, scale, interpolation=InterpolationMode.BICUBIC),
-             v2.RandomHorizontalFlip()]
+    """Return the training transform: image -> normalised float tensor (3, S, S).
+
+    rand_augment: magnitude of RandAugment, 0 (off) to 10. Two operations are drawn, and each is
+    applied with probability 0.5.
+    """
+    steps = [
+        v2.PILToTensor(),
+        v2.RandomResizedCrop(image_size, scale, interpolation=InterpolationMode.BICUBIC),
+        v2.RandomHorizontalFlip(),
+    ]
     if rand_augment:
-        augment = v2.RandAugment(1, rand_augment, num_magnitude_bins=11,  # magnitudes 0, 1, .. 10
-                                 interpolation=InterpolationMode.BILINEAR,
-                                 fill=[round(255 * channel) for channel in MEAN])
-        steps += [v2.RandomApply([augment], p=0.5), v2.RandomApply([augment], p=0.5)]
-    return v2.Compose([*steps, v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD),
-                       v2.RandomErasing(random_erasing, value="random")])  # noise for each pixel
+        one_operation = RandAugment(
+            num_ops=1,
+            magnitude=rand_augment,
+            num_magnitude_bins=11,  # magnitudes 0, 1, ..., 10
+            interpolation=InterpolationMode.BILINEAR,
+            fill=[round(255 * channel) for channel in MEAN],
+        )
+        steps.append(v2.RandomApply([one_operation], p=0.5))
+        steps.append(v2.RandomApply([one_operation], p=0.5))
+    steps += [
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(MEAN, STD),
+        v2.RandomErasing(random_erasing, value="random"),  # noise, drawn for each pixel
+    ]
+    return v2.Compose(steps)
 
 
 def val_transform(image_size):
-    """Return the test transform: short side to 256/224 of S bicubic, centre crop, normalise."""
-    return v2.Compose([v2.PILToTensor(),
-                       v2.Resize(round(image_size * 256 / 224), InterpolationMode.BICUBIC),
-                       v2.CenterCrop(image_size),
-                       v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)])
+    """Return the test transform: short side to 256/224 of S, centre crop of S, normalise."""
+    return v2.Compose([
+        v2.PILToTensor(),
+        v2.Resize(round(image_size * 256 / 224), InterpolationMode.BICUBIC),
+        v2.CenterCrop(image_size),
+        v2.ToDtype(torch.float32, scale=True),
+        v2.Normalize(MEAN, STD),
+    ])
+
+
+# ------------------------------------------------------------------ data sets
 
 
 class Images(Dataset):
-    """A torchvision data set with a transform: items are (image (3, S, S), label).
+    """The items `indices` of a data set, transformed: (image (3, S, S), label).
 
-    The transform's random numbers depend on (seed, epoch, index) alone, so the number of workers
-    and processes changes no image. An unreadable file is named and replaced by the next one.
+    An unreadable image is named on stderr. In training another image takes its place. With
+    replace_unreadable=False, for evaluation, it has the label -1 and is not counted.
     """
 
-    def __init__(self, base, indices, transform, seed=0):
-        self.base, self.indices, self.transform, self.seed = base, indices, transform, seed
-        self.epoch = torch.zeros(1, dtype=torch.long).share_memory_()  # workers see it change
+    def __init__(self, base, indices, transform, seed=0, replace_unreadable=True):
+        self.base = base
+        self.indices = indices
+        self.transform = transform
+        self.seed = seed
+        self.replace_unreadable = replace_unreadable
+        self.epoch = 0
+        # All data workers share this memory, so that a bad file is named once, not in each epoch
+        self.named = torch.zeros(len(base), dtype=torch.bool).share_memory_()
 
     def __len__(self):
         return len(self.indices)
 
     def __getitem__(self, i):
-        for i in range(i, i + len(self)):  # until an image can be read
-            index = int(self.indices[i % len(self)])
-            try:
-                image, label = self.base[index]
-                break
-            except Exception as error:  # noqa: BLE001 - image decoders raise many kinds
-                path = self.base.samples[index][0]
-                warnings.warn(f"unreadable image {path}, the next one is taken: {error}")
-        else:
-            raise RuntimeError("none of the images can be read")
+        index = int(self.indices[i])
+        # Random numbers depend on (seed, epoch, index) alone. So the number of workers and
+        # processes changes no image, and a resumed run sees the images of an uninterrupted one.
+        # The global state is put back afterwards, because without workers it is the loop's.
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(hash((self.seed, int(self.epoch), index)))
+            torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
+            image, label = self.read(index)
             return self.transform(image), label
+
+    def read(self, index):
+        for _ in range(100):
+            try:
+                return self.base[index]
+            except OSError as error:
+                problem = error
+            if not self.named[index]:
+                self.named[index] = True
+                print(f"WARNING: {problem}", file=sys.stderr, flush=True)
+            if not self.replace_unreadable:
+                return Image.new("RGB", (8, 8)), -1
+            # A random one: the next one would be seen twice as often, and after a whole block of
+            # unreadable files many times as often
+            index = int(self.indices[torch.randint(len(self), ())])
+        raise InputError(f"100 images in a row could not be read, the last because of: {problem}")
+
+
+class ImageFolder(datasets.ImageFolder):
+    """The images below folder/CLASS/, for the given classes. Items are (image, class number).
+
+    Files and folders whose names begin with "." or "@" are left out: macOS puts ._a.jpg beside
+    a.jpg, and some file servers keep thumbnails in @eaDir.
+    """
+
+    def __init__(self, folder, classes):
+        self.folder = str(folder)
+        self.given_classes = classes
+        unknown_endings = Counter()
+
+        def is_image(path):
+            if is_hidden(path[len(self.folder):]):  # the folder itself may lie in a hidden one
+                return False
+            ending = os.path.splitext(path)[1].lower()
+            if ending not in ENDINGS:
+                unknown_endings[ending or "(none)"] += 1
+            return ending in ENDINGS
+
+        super().__init__(folder, loader=load_image, is_valid_file=is_image, allow_empty=True)
+        if unknown_endings:
+            print0(f"WARNING: {unknown_endings.total()} files below {folder} are left out, because "
+                   f"Pillow opens no files with these endings: {listed(unknown_endings)}")
+
+    def find_classes(self, directory):
+        return self.given_classes, {name: i for i, name in enumerate(self.given_classes)}
+
+
+def is_hidden(path):
+    return re.search(r"[/\\][.@]", path) is not None
+
+
+def class_folders(folder):
+    names = [entry.name for entry in os.scandir(folder) if entry.is_dir()]
+    return sorted(name for name in names if not is_hidden(f"/{name}"))
 
 
 class Shapes(Dataset):
     """Flowers of random colours with 0, 2, 3, 4 or 5 petals, filled or hollow: ten classes."""
 
     def __init__(self, length, image_size, seed):
-        self.image_size, self.seed = image_size, seed
-        self.classes, self.targets = "0123456789", [index % 10 for index in range(length)]
+        self.image_size = image_size
+        self.seed = seed
+        self.classes = [f"{petals} petals, {kind}"
+                        for petals in (0, 2, 3, 4, 5) for kind in ("filled", "hollow")]
+        self.targets = [index % 10 for index in range(length)]
 
     def __len__(self):
         return len(self.targets)
 
     def __getitem__(self, index):
-        label, generator = index % 10, torch.Generator().manual_seed(hash((self.seed, index)))
-        size, tilt, left, top = torch.rand(4, generator=generator).tolist()
-        axis = torch.linspace(-1, 1, self.image_size)
-        x, y = axis + 0.5 * (left - 0.5), axis[:, None] + 0.5 * (top - 0.5)
+        label = self.targets[index]
         petals = (0, 2, 3, 4, 5)[label // 2]
-        edge = (0.45 + 0.2 * size) * (1 + 0.4 * (petals * torch.atan2(y, x) + 6.28 * tilt).cos())
-        r = torch.hypot(x, y)                                                   # (S, S)
-        inside = (r < edge) & ((r > 0.5 * edge) | (label % 2 == 0))
-        ground, contrast = torch.rand(2, 3, generator=generator)  # in each colour channel
-        image = (ground + (0.3 + 0.4 * contrast) * inside[..., None]) % 1       # (S, S, 3)
+        hollow = label % 2 == 1
+        generator = torch.Generator().manual_seed(seed_of(self.seed, index))
+        size, tilt, left, top = torch.rand(4, generator=generator).tolist()
+        ground, contrast = torch.rand(2, 3, generator=generator)            # (3,) each: colours
+
+        # The edge in polar coordinates: r = size * (1 + 0.4 cos(petals * angle + tilt))
+        axis = torch.linspace(-1, 1, self.image_size)
+        x = axis + 0.5 * (left - 0.5)                                       # (S,)
+        y = axis[:, None] + 0.5 * (top - 0.5)                               # (S, 1)
+        r = torch.hypot(x, y)                                               # (S, S)
+        angle = torch.atan2(y, x)
+        edge = (0.45 + 0.2 * size) * (1 + 0.4 * (petals * angle + 6.28 * tilt).cos())
+        inside = r < edge
+        if hollow:
+            inside &= r > 0.5 * edge
+
+        # Colours wrap around: in each channel the flower is 0.3 to 0.7 away from its background
+        image = (ground + (0.3 + 0.4 * contrast) * inside[..., None]) % 1   # (S, S, 3)
         return (255 * image).byte().permute(2, 0, 1), label
 
 
-def class_balanced_subset(labels, fraction):
-    """Return indices of a fixed random part of each class; a larger part contains a smaller one."""
-    labels = np.asarray(labels)
-    members = [np.random.default_rng([0, c]).permutation(np.flatnonzero(labels == c))
-               for c in np.unique(labels)]
-    return np.sort(np.concatenate([m[:max(1, round(fraction * len(m)))] for m in members]))
+def load_data(data, val, image_size):
+    """Return (training images, validation images), data sets with .classes and .targets.
 
+    data: a folder that holds train/CLASS/* and val/CLASS/*, or "cifar10", "cifar100", "shapes".
+    val: another folder of CLASS/* with the validation images, or None.
+    """
+    if data == "shapes":
+        return Shapes(4000, image_size, seed=4000), Shapes(1000, image_size, seed=1000)
+    if data in ("cifar10", "cifar100"):
+        return load_cifar(data)
 
-def load_data(args, transform):
-    """Return (training set, validation set, number of classes)."""
+    train_folder = Path(data) / "train"
+    val_folder = Path(val or Path(data) / "val")
     try:
-        if args.data == "shapes":
-            train, val = (Shapes(length, args.image_size, length) for length in (4000, 1000))
-        elif args.data in ("cifar10", "cifar100"):
-            cifar = getattr(datasets, args.data.upper())
-            if LOCAL_RANK == 0:
-                cifar("data", download=True)  # the other processes wait
-            if world_size() > 1:
-                dist.barrier()
-            train, val = (cifar("data", split) for split in (True, False))
-        else:
-            train = datasets.ImageFolder(Path(args.data) / "train")
-            val = datasets.ImageFolder(args.val or Path(args.data) / "val")
+        classes = class_folders(train_folder)
+        val_classes = class_folders(val_folder)
+    except OSError as error:
+        raise InputError(
+            f"--data {data}: {error}. It must be a folder that holds train/CLASS/* and val/CLASS/* "
+            "(or --val another folder of CLASS/*), or cifar10, cifar100, shapes") from error
+    if not classes:
+        raise InputError(f"{train_folder} holds no folders: the images of each class need one")
+    unknown = sorted(set(val_classes) - set(classes))
+    if unknown:
+        raise InputError(f"{val_folder} has classes that {train_folder} lacks: {listed(unknown)}")
+
+    train_images = ImageFolder(train_folder, classes)
+    val_images = ImageFolder(val_folder, classes)
+    filled = set(train_images.targets)
+    empty = [name for label, name in enumerate(classes) if label not in filled]
+    if empty:
+        raise InputError(f"{train_folder} has no images of the classes {listed(empty)}")
+    if len(val_images) == 0:
+        raise InputError(f"{val_folder} has no images of the classes {listed(classes)}")
+    return train_images, val_images
+
+
+def load_cifar(name):
+    cifar = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[name]
+    try:
+        first_on_each_machine(lambda: cifar("data", download=True))
+        return cifar("data", train=True), cifar("data", train=False)
     except (OSError, RuntimeError) as error:
-        fail(f"--data {args.data}: {error}. It must be a folder that holds train/CLASS/* and "
-             f"val/CLASS/* (or --val another folder of CLASS/*), or cifar10, cifar100, shapes")
-    odd = set(train.classes) ^ set(val.classes)
-    if odd:
-        fail(f"class folders in only one of training and validation: {', '.join(sorted(odd))}")
-    kept = class_balanced_subset(train.targets, args.data_fraction)
-    return (Images(train, kept, transform, args.seed),
-            Images(val, range(len(val)), val_transform(args.image_size)), len(train.classes))
+        raise InputError(f"--data {name}: {error}") from error
 
 
-def make_loader(dataset, args, train):
-    """Return a DataLoader of this process's share. Training: a new order each epoch; a step has the
-    same images for any number of processes, always as many. Validation: every image once."""
-    batch_size = args.batch_size // world_size()
-    if train:
-        if args.batch_size > len(dataset):
-            fail(f"--batch-size {args.batch_size} is more than the {len(dataset)} training images")
-        sampler = DistributedSampler(dataset, world_size(), rank(), seed=args.seed, drop_last=True)
-    else:
-        batch_size = batch_size // args.accum
-        sampler = np.random.default_rng(0).permutation(len(dataset))[rank()::world_size()].tolist()
-    return DataLoader(dataset, batch_size, sampler=sampler, drop_last=train,
-                      num_workers=args.workers, persistent_workers=args.workers > 0,
-                      pin_memory=torch.cuda.is_available(),
-                      generator=torch.Generator())  # its own, so that it draws none of the loop's
+def print_counts(train_set, val_set):
+    """Say what was found, so that a wrong folder is seen before training."""
+    classes = train_set.base.classes
+    not_validated = len(classes) - len(set(val_set.base.targets))
+    remark = f", {not_validated} of them without validation images" if not_validated else ""
+    print0(f"{len(train_set)} training and {len(val_set)} validation images of {len(classes)} "
+           f"classes{remark}")
+
+
+def class_balanced_subset(labels, fraction):
+    """Return the indices of a fixed random part of each class.
+
+    A larger fraction contains a smaller one, and every class keeps at least one image.
+    """
+    labels = np.asarray(labels)
+    chosen = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        members = np.random.default_rng([0, label]).permutation(members)
+        chosen.append(members[:max(1, round(fraction * len(members)))])
+    return np.sort(np.concatenate(chosen))
+
+
+def train_loader(dataset, batch_size, accum, workers, seed):
+    """Return a loader of this process's part of each batch. batch_size: of all processes together.
+
+    loader.sampler.set_epoch(epoch) shuffles anew. A batch has the same images for any number of
+    processes. What is left over after the last whole batch is not used in this epoch.
+
+    The training loop cuts a process's part into `accum` equal chunks: InputError if it cannot.
+    """
+    num_chunks = world_size() * accum
+    if batch_size % num_chunks:
+        raise InputError(f"--batch-size {batch_size} is not divisible by processes x --accum = "
+                         f"{num_chunks}")
+    if batch_size > len(dataset):
+        raise InputError(f"--batch-size {batch_size} is more than the {len(dataset)} training "
+                         "images")
+    sampler = DistributedSampler(dataset, world_size(), rank(), seed=seed, drop_last=True)
+    return DataLoader(dataset, batch_size // world_size(), sampler=sampler, drop_last=True,
+                      num_workers=workers, pin_memory=torch.cuda.is_available())
+
+
+def val_loader(dataset, batch_size, workers):
+    """Return a loader that loads each image once, in one process. batch_size: of each process."""
+    # DistributedSampler would repeat some images, so that all processes get the same number
+    sampler = range(rank(), len(dataset), world_size())
+    return DataLoader(dataset, batch_size, sampler=sampler, num_workers=workers,
+                      pin_memory=torch.cuda.is_available())
+
+
+# ------------------------------------------------------------------ other people's weights
+
+# What training checkpoints hold beside the tensors, such as NumPy's numbers and arrays. None of it
+# can run code. A pair is a function that pickle calls to rebuild an object, and its name in the
+# file: since NumPy 2 the module has another name.
+HARMLESS = [
+    argparse.Namespace,
+    (type(Path()), "pathlib.PosixPath"),
+    (type(Path()), "pathlib.WindowsPath"),
+    (type(Path()), "pathlib._local.PosixPath"),  # written by Python 3.13
+    (type(Path()), "pathlib._local.WindowsPath"),
+    np.ndarray,
+    np.dtype,
+    *[type(np.dtype(kind)) for kind in "?" + np.typecodes["AllInteger"] + np.typecodes["Float"]],
+    (np.float64(0).__reduce__()[0], "numpy.core.multiarray.scalar"),
+    (np.float64(0).__reduce__()[0], "numpy._core.multiarray.scalar"),
+    (np.zeros(0).__reduce__()[0], "numpy.core.multiarray._reconstruct"),
+    (np.zeros(0).__reduce__()[0], "numpy._core.multiarray._reconstruct"),
+]
+
+
+def load_checkpoint(path):
+    """Return what torch.save wrote to a file or https address, on the CPU.
+
+    Reads .safetensors, too, if the package safetensors is installed. Raises InputError, which says
+    why the file cannot be read.
+    """
+    path = str(path)
+    if path.startswith(("https://", "http://")):
+        path = download(path)
+    check_that_it_holds_weights(path)
+    try:
+        if path.endswith(".safetensors"):
+            from safetensors.torch import load_file
+            return load_file(path)
+        # weights_only: a pickle can run any program when it is read. Such a file is refused.
+        with torch.serialization.safe_globals(HARMLESS):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except ImportError as error:
+        raise InputError(f"to read {path}: pip install safetensors") from error
+    except Exception as error:  # a damaged file raises many kinds
+        code = re.search(r"(?:global|GLOBAL):? (?:GLOBAL )?([\w.]+)", str(error))
+        if isinstance(error, pickle.UnpicklingError) and code:
+            raise InputError(f"{path} holds code ({code[1]}), which is never run. Save only the "
+                             "tensors: torch.save(model.state_dict(), ...)") from error
+        reason = str(error).partition(".")[0][:100]
+        raise InputError(f"{path} is not a file of weights, or damaged, perhaps half a download "
+                         f"({type(error).__name__}: {reason})") from error
+
+
+def download(url):
+    """Return the path of a downloaded file. torch.hub's folder keeps it for the next time."""
+    address = urllib.parse.urlparse(url)
+    # With the whole address, since many files on the web are called model.safetensors
+    path = f"{torch.hub.get_dir()}/checkpoints/{address.hostname}{address.path}"
+    # Hex digits after a "-" are the start of the file's sha256. A date has no letters.
+    sha256 = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,})\.", path)
+
+    def fetch():
+        if not os.path.exists(path):
+            os.makedirs(os.path.dirname(path), exist_ok=True)
+            torch.hub.download_url_to_file(url, path, sha256 and sha256[1])
+
+    try:
+        first_on_each_machine(fetch)
+    except (OSError, RuntimeError) as error:
+        raise InputError(f"{url} cannot be downloaded: {error}. If you have the file, give its "
+                         "path as --teacher-weights") from error
+    return path
+
+
+def check_that_it_holds_weights(path):
+    """Raise InputError for what is often found in the place of a file of weights."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(200).lstrip().lower()
+    except IsADirectoryError as error:
+        raise InputError(f"{path} is a folder: give the file in it") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
+    if not start:
+        raise InputError(f"{path} is empty")
+    if start.startswith(b"version https://git-lfs"):
+        raise InputError(f"{path} is a pointer of git-lfs, not the file itself: run git lfs pull")
+    if start.startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise InputError(f"{path} is a web page: the download went wrong")
+
+
+def read_weights(path, landmark="patch_embed.proj.weight"):
+    """Return the weights of one network in somebody's checkpoint: {name: float32 tensor}.
+
+    landmark: a name that each network of the wanted kind has. Whatever stands before it in the
+    checkpoint comes from wrappers, and is removed from all names: "state_dict" of a training
+    script, "module." of DistributedDataParallel, "_orig_mod." of torch.compile, "backbone." of
+    self-supervised training, and so on.
+
+    Of several such networks this takes, in this order:
+      1. a teacher: in self-supervised training it is the moving average of the student;
+      2. another moving average (ema);
+      3. MoCo v3's base_encoder.
+    """
+    tensors = {WRAPPERS.sub("", name): tensor
+               for name, tensor in flatten(load_checkpoint(path)).items()}
+    prefixes = []
+    for name in tensors:
+        if name == landmark or name.endswith(f".{landmark}"):
+            prefixes.append(name.removesuffix(landmark))
+    # A part of a network may have the landmark, too: in a ResNet, layer1.0.conv1.weight ends like
+    # conv1.weight. Keep the whole network.
+    prefixes = [p for p in prefixes if not any(p != q and p.startswith(q) for q in prefixes)]
+    if not prefixes:
+        raise InputError(f"{path} holds no network with a {landmark}. Its names are "
+                         f"{listed(tensors) or 'none'}")
+    prefix = choose_network(prefixes, path)
+
+    weights = {}
+    for name, tensor in tensors.items():
+        if name.startswith(prefix):
+            check_numbers(tensor, name, path)
+            # float(): some operations on a CPU refuse the half precision of some files
+            weights[name.removeprefix(prefix)] = tensor.detach().float()
+    left_out = [name for name in tensors if not name.startswith(prefix)]
+    if left_out:
+        print0(f"{path}: the weights are those below {prefix[:-1]}; left out: {listed(left_out)}")
+    return weights
+
+
+# Words that torch.compile and others put into names, not only at the start
+WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+
+
+def check_numbers(tensor, name, path):
+    """Raise InputError if a tensor is quantised, complex, sparse, without data, or not finite."""
+    is_counter = tensor.ndim == 0  # BatchNorm counts its batches by an integer
+    if not (tensor.is_floating_point() or is_counter):
+        raise InputError(f"{path} holds {tensor.dtype} in {name}, not floating-point numbers")
+    if tensor.layout != torch.strided or tensor.is_meta:
+        raise InputError(f"{path} holds a sparse or meta tensor, {name}")
+    if not tensor.isfinite().all():
+        raise InputError(f"{path} holds NaN or infinite numbers in {name}")
+
+
+def flatten(tree, prefix=""):
+    """Turn nested dictionaries of tensors into one, with names joined by dots."""
+    tensors = {}
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            tensors.update(flatten(value, f"{prefix}{key}."))
+    elif isinstance(tree, torch.Tensor):
+        tensors[prefix[:-1]] = tree
+    return tensors
+
+
+def choose_network(prefixes, path):
+    for word in ("teacher", "ema", "base_encoder"):
+        for prefix in prefixes:
+            if re.search(rf"(^|[._]){word}", prefix):
+                return prefix
+    if len(prefixes) > 1:
+        names = listed(prefix[:-1] for prefix in prefixes)
+        raise InputError(f"{path} holds several networks, below {names}. Save only the one that "
+                         "you want")
+    return prefixes[0]
+
+
+def load_strictly(model, weights, source):
+    """Load weights into a model if every name and size agrees. Else say which do not."""
+    expected = model.state_dict()
+    missing = [name for name in expected if name not in weights]
+    unexpected = [name for name in weights if name not in expected]
+    other_sizes = [f"{name} {tuple(weights[name].shape)} instead of {tuple(tensor.shape)}"
+                   for name, tensor in expected.items()
+                   if name in weights and weights[name].shape != tensor.shape]
+    problems = []
+    if missing:
+        problems.append(f"lacks {listed(missing)}")
+    if unexpected:
+        problems.append(f"has unexpected {listed(unexpected)}")
+    if other_sizes:
+        problems.append(f"has other sizes: {listed(other_sizes)}")
+    if problems:
+        raise InputError(f"{source} belongs to another model: it {'; it '.join(problems)}")
+    model.load_state_dict(weights)
+
+
+def listed(names):
+    """Return the first three names, and the number of all, as a text for a message."""
+    names = list(names)
+    more = f", ... ({len(names)} in all)" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 # ------------------------------------------------------------------ precision and schedule
 
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}
 
-def precision(args, device):
-    """Return (autocast, scaler). `with autocast():` runs a forward pass in the chosen precision.
 
-    The scaler is active in fp16 only. args.amp None becomes bf16 where the device multiplies it
-    natively, else fp16 on a GPU and off on a CPU. Prints the device: a missing GPU is seen.
-    """
+def cpu_info():
+    path = Path("/proc/cpuinfo")
+    return path.read_text() if path.exists() else ""  # Linux alone has it
+
+
+def best_precision(device):
+    """Return the fastest precision that the device multiplies natively: bf16, fp16 or off."""
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    return "bf16" if re.search("avx512_bf16|amx_bf16", cpu_info()) else "off"
+
+
+def choose_attention_kernel(device, amp):
+    """Make F.scaled_dot_product_attention use the kernel that trains fastest on a CPU."""
+    if device.type == "cpu":
+        # In float32 the fused ("flash") kernel is the fastest. In bf16 its backward pass is slow:
+        # there plain matrix products ("math") win, if they need not be in float32. In spite of
+        # their names both switches work on CPUs.
+        torch.backends.cuda.enable_flash_sdp(amp == "off")
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+
+
+def describe_run(device, amp):
+    """Print what the run computes on, so that a missing GPU is seen at once."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        native = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-        torch.backends.cudnn.benchmark = True
     else:
-        cpuinfo = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-        name = "CPU" + cpuinfo.partition("model name")[2].partition("\n")[0]
-        native = "bf16" if "avx512_bf16" in cpuinfo or "amx_bf16" in cpuinfo else "off"
-        # On CPUs the fused attention kernel is the fastest in float32, but has a slow backward pass
-        # in bf16. These two switches hold for CPUs, too: in bf16 matrices are multiplied instead.
-        torch.backends.cuda.enable_flash_sdp((args.amp or native) == "off")
-        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
-    amp = args.amp = args.amp or native
-    say(f"{name}, {world_size()} process(es), amp {amp}, torch {torch.__version__}")
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16, "off": torch.float32}[amp]
-    autocast = functools.partial(torch.autocast, device.type, dtype, enabled=amp != "off")
-    return autocast, torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        model = re.search(r"model name\s*:\s*(.*)", cpu_info())
+        name = f"CPU: {model[1]}" if model else "CPU"
+    print0(f"{name}, {world_size()} process(es), amp {amp}, torch {torch.__version__}")
 
 
 def parameter_groups(module, weight_decay):
-    """AdamW's groups: no weight decay on biases, norms, scales, tokens and position embeddings."""
-    decayed, exempt = [], []
-    for name, p in module.named_parameters():
-        free = p.ndim <= 1 or name.endswith(("_token", "pos_embed", "pos_weight"))
-        (exempt if free else decayed).append(p)
-    return [{"params": decayed, "weight_decay": weight_decay},
-            {"params": exempt, "weight_decay": 0.0}]
+    """Return AdamW's groups: weight decay only for matrices and convolution kernels.
+
+    Biases, scales of norms, tokens and positions get none, as is usual for ViTs.
+    """
+    decay = []
+    no_decay = []
+    for name, parameter in module.named_parameters():
+        if parameter.ndim <= 1 or name.endswith(("_token", "pos_embed", "pos_weight")):
+            no_decay.append(parameter)
+        else:
+            decay.append(parameter)
+    return [{"params": decay, "weight_decay": weight_decay},
+            {"params": no_decay, "weight_decay": 0.0}]
 
 
-def learning_rate(epoch, args):
-    """Linear warm-up from 0 to args.lr, then a cosine to args.min_lr; epoch may be a fraction."""
-    warmup = min(args.warmup_epochs, args.epochs / 10)
-    if epoch < warmup:
-        return args.lr * epoch / warmup
-    progress = (epoch - warmup) / (args.epochs - warmup)
-    min_lr = min(args.min_lr, args.lr)
-    return min_lr + (args.lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+def learning_rate(epoch, epochs, lr, min_lr, warmup_epochs):
+    """Rise linearly from 0 to lr, then fall as a cosine to min_lr. epoch may be a fraction."""
+    warmup_epochs = min(warmup_epochs, epochs / 10)  # a short run keeps most of its epochs
+    min_lr = min(min_lr, lr)
+    if epoch < warmup_epochs:
+        return lr * epoch / warmup_epochs
+    progress = (epoch - warmup_epochs) / (epochs - warmup_epochs)
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * progress)) / 2
+
+
+def moving_average(model, max_decay):
+    """Return an AveragedModel. Its .module holds the moving average of the model's weights.
+
+    Call its update_parameters(model) after each step. Then
+        average = decay * average + (1 - decay) * weight
+    with decay = min(max_decay, (1 + n) / (10 + n)) in step n. A constant 0.99996 would keep 92 % of
+    the first, random weights after 2,000 steps. max_decay 0 makes a plain copy.
+    """
+    def update(averages, weights, num_updates):
+        decay = ((1 + num_updates) / (10 + num_updates)).clamp(max=max_decay)
+        for average, weight in zip(averages, weights):
+            average.lerp_(weight, 1 - decay)
+
+    return AveragedModel(model, multi_avg_fn=update)
 
 
 # ------------------------------------------------------------------ evaluation, checkpoints, log
@@ -261,14 +742,17 @@ def learning_rate(epoch, args):
 def evaluate(model, loader, device, autocast):
     """Return the top-1 in percent over the images of all processes."""
     model.eval()
-    right = count = 0
+    correct = 0
+    count = 0
     for images, target in loader:
-        with autocast():
+        with autocast:
             logits = model(images.to(device, non_blocking=True))
-        right += (logits.argmax(1).cpu() == target).sum().item()
-        count += len(target)
-    right, count = sum_over_processes([right, count], device)
-    return 100 * right / count
+        correct += (logits.argmax(1).cpu() == target).sum().item()
+        count += (target >= 0).sum().item()  # -1: an unreadable image
+    correct, count = sum_over_processes([correct, count], device)
+    if count == 0:
+        raise InputError("no validation image can be read")
+    return 100 * correct / count
 
 
 def save_checkpoint(path, **state):
@@ -277,74 +761,110 @@ def save_checkpoint(path, **state):
     with open(temporary, "wb") as file:
         torch.save(state, file)
         file.flush()
-        os.fsync(file.fileno())
+        os.fsync(file.fileno())  # on the disk, before the name changes
     os.replace(temporary, path)
 
 
-def load_checkpoint(path):
-    """Return what torch.save wrote to a file or URL, on the CPU. Raises ValueError if it cannot."""
-    number = np.float64(0).__reduce__()[0]
-    # Training checkpoints of DINO, iBOT and Mugs hold an argparse.Namespace and numpy numbers.
-    harmless = [argparse.Namespace, np.dtype, type(np.dtype("float64")),
-                (number, "numpy.core.multiarray.scalar"), (number, "numpy._core.multiarray.scalar")]
+# Flags that may change when a run is resumed: they say where files lie, how fast the run is and
+# what it prints, not what is learned
+MAY_CHANGE = ("data", "val", "init", "teacher_weights", "workers", "accum", "compile", "out",
+              "resume", "eval_every", "log_every", "demo", "synthesize")
+
+
+def open_run(out, resume, settings):
+    """Make the folder `out`. Return the content of its last.pth to continue from, or None."""
+    last = Path(out) / "last.pth"
+    checkpoint = None
+    if last.exists():
+        if not resume:
+            raise InputError(f"{out} already holds a run: add --resume, or choose another folder")
+        checkpoint = load_checkpoint(last)
+        if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("args"), dict):
+            raise InputError(f"{last} was not written by these scripts")
+        before = checkpoint["args"]
+        changed = [f"{name} {settings.get(name)}, before {before.get(name)}"
+                   for name in {**before, **settings}
+                   if name not in MAY_CHANGE and settings.get(name) != before.get(name)]
+        if changed:
+            raise InputError(f"{last} was written with other settings: {'; '.join(changed)}")
+        print0(f"continuing the run in {out}")
     try:
-        with torch.serialization.safe_globals(harmless):
-            if str(path).startswith("https://"):  # hex digits in a name start the file's sha256
-                return torch.hub.load_state_dict_from_url(
-                    path, map_location="cpu", weights_only=True, check_hash="-" in Path(path).name)
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # noqa: BLE001 - zip, pickle and network raise many kinds
-        raise ValueError(f"{path} is missing, damaged, or holds code, which is never run "
-                         f"({type(error).__name__})") from error
-
-
-def check_args(args, limits):
-    """End the program if a number is not within limits[name], by default >= 0, counts >= 1."""
-    counts = ("batch_size", "accum", "epochs", "image_size", "patch_size", "eval_every",
-              "images_per_class", "images_per_batch")
-    limits = {"data_fraction": (1e-6, 1), "crop_scale": (1e-6, 1), "lr": (1e-12, 1e3), **limits}
-    for name, value in vars(args).items():
-        low, high = limits.get(name, (int(name in counts), math.inf))
-        if isinstance(value, (int, float)) and not low <= value <= high:
-            fail(f"--{name.replace('_', '-')} {value} is not between {low:g} and {high:g}")
-    if args.image_size % args.patch_size:
-        fail(f"--image-size {args.image_size} is no multiple of --patch-size {args.patch_size}")
-    parts = int(os.environ.get("WORLD_SIZE", "1")) * args.accum
-    if args.batch_size % parts:
-        fail(f"--batch-size {args.batch_size} is not divisible by processes x --accum = {parts}")
-
-
-def open_run(args):
-    """Make the folder args.out; return its last.pth's content if the run continues, else None."""
-    last, checkpoint = Path(args.out) / "last.pth", None
-    try:
-        if last.exists() and not args.resume:
-            fail(f"{args.out} already holds a run: add --resume, or choose another folder")
-        if last.exists():
-            checkpoint = load_checkpoint(last)
-            old, new = checkpoint["args"], vars(args)
-            changed = [f"--{name.replace('_', '-')} {new.get(name)}, before {old.get(name)}"
-                       for name in {**old, **new}
-                       if name not in MAY_DIFFER and new.get(name) != old.get(name)]
-            if changed:
-                fail(f"{last} was written with other settings: {'; '.join(changed)}")
-            say(f"continuing the run in {args.out}")
         if rank() == 0:
             last.parent.mkdir(parents=True, exist_ok=True)
-            (last.parent / "args.json").write_text(json.dumps(vars(args), indent=1))
-    except (OSError, ValueError) as error:
-        fail(f"--out {args.out}: {error}")
+            (last.parent / "args.json").write_text(json.dumps(settings, indent=1))
+    except OSError as error:
+        raise InputError(f"--out {out}: {error}") from error
     return checkpoint
 
 
-def log_epoch(args, log):
-    """Complete the last record of `log`, print it as one line, write all records to log.jsonl."""
-    # Without a GPU the first is 0: then the process's peak memory, which Linux gives in KiB
-    peak = torch.cuda.max_memory_allocated() or 1024 * getrusage(RUSAGE_SELF).ru_maxrss
-    log[-1]["peak_memory_gb"] = peak / 2**30
+class TimedBatches:
+    """The batches of a loader, for one epoch. Counts the seconds in which the loop waits for them.
+
+    On a terminal this also draws a progress bar.
+    """
+
+    def __init__(self, loader, epoch, epochs, batch_size):
+        self.loader = loader
+        self.epoch = epoch
+        self.epochs = epochs
+        self.batch_size = batch_size
+        self.steps = 0
+        self.seconds_waiting = 0.0
+        self.start = time.perf_counter()
+
+    def __iter__(self):
+        hidden = None if rank() == 0 else True  # None: shown on a terminal alone
+        bar = tqdm(self.loader, f"epoch {self.epoch + 1}", leave=False, disable=hidden)
+        asked = time.perf_counter()
+        for batch in bar:
+            # The loop asks for a batch when its previous step is over, also on a GPU: the step's
+            # check for finite gradients waits for them. So nothing was computed in this time.
+            self.seconds_waiting += time.perf_counter() - asked
+            self.steps += 1
+            yield batch
+            asked = time.perf_counter()
+
+    def seconds(self):
+        return time.perf_counter() - self.start
+
+    def speed(self):
+        """Return {"images_per_second", "waiting_for_data" as a share of the time}, up to now."""
+        seconds = self.seconds()
+        return {"images_per_second": self.steps * self.batch_size / seconds,
+                "waiting_for_data": self.seconds_waiting / seconds}
+
+    def print_progress(self, loss_sums, lr):
+        """Print a line. loss_sums: {name: sum of a loss term over the epoch's steps}."""
+        loss = float(sum(loss_sums.values())) / self.steps
+        speed = self.speed()
+        steps_left = (self.epochs - self.epoch) * len(self.loader) - self.steps
+        seconds_left = steps_left * self.seconds() / self.steps
+        print0(f"epoch {self.epoch + 1}/{self.epochs}  step {self.steps}/{len(self.loader)}  "
+               f"loss {loss:.4f}  lr {lr:.2e}  {speed['images_per_second']:.0f} images/s  "
+               f"waiting for data {speed['waiting_for_data']:.0%}  left {duration(seconds_left)}")
+
+
+def log_epoch(out, log, epochs):
+    """Print the last record of `log` as one line, and write all records to log.jsonl."""
+    shown = [f"{name} {value:.4g}" for name, value in log[-1].items()]
+    seconds_left = sum(record["seconds"] for record in log) / len(log) * (epochs - len(log))
+    print0("  ".join([*shown, f"left {duration(seconds_left)}"]))
     if rank() == 0:
-        (Path(args.out) / "log.jsonl").write_text("".join(json.dumps(r) + "\n" for r in log))
-    left = sum(record["seconds"] for record in log) / len(log) * (args.epochs - len(log))
-    numbers = {name: x for name, x in log[-1].items() if not isinstance(x, list)}
-    shown = "  ".join(f"{name} {x:.4g}" for name, x in numbers.items())
-    say(f"{shown}  left {datetime.timedelta(seconds=round(left))}")
+        lines = [json.dumps(record) + "\n" for record in log]
+        (Path(out) / "log.jsonl").write_text("".join(lines))
+
+
+def duration(seconds):
+    return str(datetime.timedelta(seconds=round(seconds)))
+
+
+def peak_memory_gb():
+    """Return the most memory used so far: the GPU's, or without a GPU that of this process."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    try:
+        import resource  # Windows has none
+    except ImportError:
+        return math.nan
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**30 if sys.platform == "darwin" else 2**20)  # bytes on a Mac, else KiB

@@ -2,27 +2,34 @@
 
 Chen et al., "DearKD: Data-Efficient Early Knowledge Distillation for Vision Transformers",
 arXiv 2204.12997 (CVPR 2022). Its code was never released. The paper's: two stages, MHCA with
-dropout, aligner, mean squared error on early features, hard labels for DeiT's distillation token,
-the idea of the intra-divergence loss. Ours: all formulas and defaults that fill in these words.
-DeepInversion (arXiv 1912.08795, code released) is its authors', except where CIFAR below says so.
+dropout, an aligner, mean squared error on early features, hard labels for DeiT's distillation
+token, the idea of the intra-divergence loss. Ours: all formulas and defaults that fill in these
+words, and soft labels. DeepInversion (arXiv 1912.08795, code released) is its authors', except
+where CIFAR below says so. The recipe is ViTKD's version of DeiT's. DeiT itself has 5 epochs of
+warm-up, stochastic depth 0.1 for every student, repeated augmentation and no clipping. RandAugment
+is without SolarizeAdd (torchvision has none).
 
 A CNN learns from few images; a ViT whose attention is free learns more from many. Therefore
-  - stage 1: early blocks learn the CNN's early maps (hints), the distillation token its class;
-    MHCA, a position term in their attention, starts these blocks as convolutions;
+  - stage 1: early blocks learn the CNN's early maps (hints), the distillation token learns its
+    class. Multi-head convolutional attention (MHCA), attention with a position term, lets these
+    blocks start as convolutions;
   - stage 2: the labels alone. The CNN does not run, and attention may leave the neighbourhood.
 DF-DearKD uses no real image: noise is optimised until the CNN sees a class in it and BatchNorm its
 usual statistics. The intra-divergence loss keeps the images of a class apart.
 
-DeiT-T <- RegNetY-16GF on ImageNet-1k, 72.2 -> 74.8 % top-1 (paper), and demos for a laptop:
+DeiT-T with RegNetY-16GF as teacher on ImageNet-1k, and demos for a laptop:
     torchrun --nproc_per_node 8 dearkd.py --data data/imagenet --student deit_t
     python dearkd.py --demo                  # or --demo-data-free
-Measured: CIFAR-10, 10,000 images, micro <- ResNet-56, seeds 0 to 2: 51.1 % top-1, 43.0 % alone
-(one AMD EPYC core, bf16, 2026-11-25; tests/evidence/study/dearkd-3-*.log).
+Top-1 of DeiT-T (paper): 72.2 % alone, 74.8 % with DearKD.
+Measured: CIFAR-10, 10,000 images, seeds 0 to 2: micro has 43.0 % alone, 51.1 % with ResNet-56 as
+teacher (one AMD EPYC core, bf16, 2026-11-25; tests/evidence/README.md).
 """
 
 import argparse
 import contextlib
 import math
+import re
+import shutil
 import tempfile
 import time
 from collections import OrderedDict, defaultdict
@@ -33,13 +40,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torchvision import datasets, models
+from torchvision import models
 from torchvision.models.feature_extraction import create_feature_extractor
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
 from torchvision.utils import save_image
-from tqdm import tqdm
 
 import common
 
@@ -47,50 +52,49 @@ import common
 
 
 class Aligner(nn.Module):
-    """Maps patch tokens (B, N, D) to a CNN's map (B, C_t, g, g), N = g^2 (our reading): 3x3
-    depth-wise convolution, LayerNorm over channels, Linear(D, C_t), GELU."""
+    """Turns patch tokens into a map like a CNN's, for one hint (our reading).
+
+    forward(tokens (B, N, D)) -> map (B, C_t, g, g); N = g * g.
+    """
 
     def __init__(self, student_dim, teacher_channels):
         super().__init__()
         self.depthwise = nn.Conv2d(student_dim, student_dim, 3, padding=1, groups=student_dim)
         self.norm = nn.LayerNorm(student_dim, eps=1e-6)
         self.linear = nn.Linear(student_dim, teacher_channels)
-        self.to(memory_format=torch.channels_last)  # as tokens lie in memory
+        self.to(memory_format=torch.channels_last)  # as tokens lie in memory: no copy is made
 
     def forward(self, tokens):
         B, N, D = tokens.shape
         g = math.isqrt(N)
-        x = self.depthwise(tokens.transpose(1, 2).reshape(B, D, g, g))      # (B, D, g, g)
-        x = F.gelu(self.linear(self.norm(x.permute(0, 2, 3, 1))))           # (B, g, g, C_t)
+        x = tokens.transpose(1, 2).reshape(B, D, g, g)
+        x = self.depthwise(x)                                               # (B, D, g, g)
+        x = self.norm(x.permute(0, 2, 3, 1))                                # (B, g, g, D)
+        x = F.gelu(self.linear(x))                                          # (B, g, g, C_t)
         return x.permute(0, 3, 1, 2)                                        # (B, C_t, g, g)
 
 
 def hint_loss(student_map, teacher_map):
-    """L_h of one hint, a scalar: the mean squared error. student_map (B, C_t, g, g); teacher_map
-    (B, C_t, h, h) is averaged to g x g, or enlarged bilinearly if it is smaller."""
+    """L_h of one hint, a scalar: the mean squared error between two maps.
+
+    student_map: (B, C_t, g, g). teacher_map: (B, C_t, h, h); it is averaged to g x g, or enlarged
+    bilinearly if it is smaller.
+    """
     g = student_map.shape[-1]
     mode = "area" if teacher_map.shape[-1] >= g else "bilinear"  # area: the mean
-    return F.mse_loss(student_map.float(), F.interpolate(teacher_map.float(), (g, g), mode=mode))
+    teacher_map = F.interpolate(teacher_map.float(), (g, g), mode=mode)
+    return F.mse_loss(student_map.float(), teacher_map)
 
 
-def intra_divergence_loss(features, labels):
-    """L_bp of DF-DearKD (our reading), a scalar: spreads the images of a class up to its boundary.
+def soft_loss(student_logits, teacher_logits, temperature):
+    """KL(teacher || student), a scalar, mean over images: for --soft (ours). Logits are (B, C).
 
-    features (B, D) are L2-normalised here; labels (B,). Image i is pushed away from its nearest
-    class-mate e. The farthest one, h, marks the boundary of the class and is left where it is:
-        L_bp = mean_i max(0, stopgrad(d_ih) - d_ie)
-    The mean is over images with two class-mates or more. d is the Euclidean distance: its gradient
-    does not vanish between near-copies, as that of 1 - cosine does.
+    The distributions are softmax(logits / T). Gradients shrink as 1 / T^2: the factor undoes it.
     """
-    f = F.normalize(features, dim=1)
-    mates = (labels[:, None] == labels).fill_diagonal_(False)               # (B, B)
-    with torch.no_grad():
-        d = torch.cdist(f, f, compute_mode="donot_use_mm_for_euclid_dist")  # exact for near-copies
-        d_h = d.masked_fill(~mates, -math.inf).amax(1)                      # (B,)
-        e = d.masked_fill(~mates, math.inf).argmin(1)                       # (B,)
-    d_e = (f - f[e]).norm(dim=1)                                            # (B,)
-    enough = mates.sum(1) >= 2                                              # (B,)
-    return ((d_h - d_e).clamp(min=0) * enough).sum() / enough.sum().clamp(min=1)
+    log_p_s = (student_logits.float() / temperature).log_softmax(1)
+    log_p_t = (teacher_logits.float() / temperature).log_softmax(1)
+    kl = F.kl_div(log_p_s, log_p_t, reduction="batchmean", log_target=True)
+    return temperature**2 * kl
 
 
 # ------------------------------------------------------------------ the ViT
@@ -119,34 +123,45 @@ class Attention(nn.Module):
 class ConvAttention(Attention):
     """MHCA: attention that can express a convolution (arXiv 2204.12997, section 3; our reading).
 
-    forward(x (B, P+N, D)) -> (B, P+N, D), P = num_prefix_tokens, N = grid_size^2.
+    forward(x (B, P+N, D)) -> (B, P+N, D); P = num_prefix_tokens, N = grid_size^2.
 
     Between patches at grid offset d = (d1, d2), in rows and columns, head h has the logit
         q.k / sqrt(D/H) + v_h . r_d,   r_d = (|d|^2, d1, d2),   v_h = pos_weight[h].
     v_h = -a (1, -2 c1, -2 c2) gives -a |d - c|^2 + const, a Gaussian around offset c. Heads start
     with a = 1 and the c of a 3x3 neighbourhood, centre first. Prefix tokens (class, distillation)
-    have no position and get 0. In training, dropout removes a head's whole position term from a
-    forward pass: the head then attends by content alone, as it may later.
+    have no position: their rows and columns get 0. In training, dropout removes a head's whole
+    position term from a forward pass: the head then attends by content alone, as it may later.
     """
 
     def __init__(self, dim, num_heads, grid_size, num_prefix_tokens, pos_dropout=0.1):
         super().__init__(dim, num_heads)
-        self.num_prefix_tokens, self.pos_dropout = num_prefix_tokens, pos_dropout
-        c = torch.cartesian_prod(torch.arange(-1, 2), torch.arange(-1, 2))  # (9, 2)
-        c = c[c.square().sum(1).argsort(stable=True)]                       # centre first
-        c = c[torch.arange(num_heads) % 9]                                  # (H, 2)
-        self.pos_weight = nn.Parameter(torch.cat([-torch.ones(num_heads, 1), 2 * c], 1))  # (H, 3)
-        position = torch.cartesian_prod(*[torch.arange(grid_size)] * 2).float()     # (N, 2)
-        d = position[None] - position[:, None]                              # (N, N, 2)
-        r = torch.cat([d.square().sum(2, keepdim=True), d], 2)              # (N, N, 3)
+        self.num_prefix_tokens = num_prefix_tokens
+        self.pos_dropout = pos_dropout
+
+        # c of each head: one of the nine offsets. A tenth head starts with the centre again.
+        offset = torch.arange(-1, 2)
+        offsets = torch.cartesian_prod(offset, offset)                      # (9, 2)
+        centre_first = offsets.square().sum(1).argsort(stable=True)
+        c = offsets[centre_first][torch.arange(num_heads) % 9]              # (H, 2)
+        a = torch.ones(num_heads, 1)
+        self.pos_weight = nn.Parameter(torch.cat([-a, 2 * a * c], 1))       # (H, 3)
+
+        # r_d of each pair of patches: d points from the query to the key
+        index = torch.arange(grid_size)
+        position = torch.cartesian_prod(index, index).float()               # (N, 2)
+        d = position[None, :] - position[:, None]                           # (N, N, 2)
+        squared_length = d.square().sum(2, keepdim=True)
+        r = torch.cat([squared_length, d], 2)                               # (N, N, 3)
         self.register_buffer("r", r, persistent=False)
 
     def position_term(self):
         """Return what is added to the logits of every image, (H, P+N, P+N)."""
         term = (self.pos_weight[:, None, None] * self.r).sum(3)             # (H, N, N), float32
         if self.training:
-            term = term * (torch.rand(len(term), 1, 1, device=term.device) >= self.pos_dropout)
-        return F.pad(term, (self.num_prefix_tokens, 0) * 2)                 # (H, P+N, P+N)
+            draws = torch.rand(self.num_heads, 1, 1, device=term.device)
+            term = term * (draws >= self.pos_dropout)
+        P = self.num_prefix_tokens
+        return F.pad(term, (P, 0, P, 0))                                    # (H, P+N, P+N)
 
     def forward(self, x):
         B, N, D = x.shape
@@ -174,22 +189,23 @@ class Block(nn.Module):
 
 class ViT(nn.Module):
     """DeiT with a class and a distillation token; its first `mhca_blocks` blocks have MHCA.
-    Parameters have timm's names, except blocks.{i}.attn.pos_weight.
 
     forward(images (B, 3, S, S)) -> in training mode (class logits, distillation logits), (B, C)
     each; in eval mode their mean; the normed class token (B, D) if num_classes = 0.
     drop_path: stochastic depth of the last block; it grows linearly from 0 in the first.
+    Parameters have timm's names, except blocks.{i}.attn.pos_weight.
     """
 
     def __init__(self, image_size=224, patch_size=16, dim=384, depth=12, num_heads=6,
                  num_classes=1000, mhca_blocks=0, pos_dropout=0.1, drop_path=0.0):
         super().__init__()
-        self.num_classes, g = num_classes, image_size // patch_size
-        N = 2 + g**2
+        self.num_classes = num_classes
+        g = image_size // patch_size
+        N = g**2
         self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, dim, patch_size, patch_size)})
         self.cls_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
         self.dist_token = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 1, dim), std=0.02))
-        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, N, dim), std=0.02))
+        self.pos_embed = nn.Parameter(nn.init.trunc_normal_(torch.empty(1, 2 + N, dim), std=0.02))
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
         for block in self.blocks[:mhca_blocks]:
@@ -202,16 +218,16 @@ class ViT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 nn.init.zeros_(module.bias)
 
-    def embed(self, images):
-        """Return the tokens (B, 2+N, D) that enter block 0: class, distillation, patches."""
-        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)     # (B, N, D)
-        prefix = [token.expand(len(x), -1, -1) for token in (self.cls_token, self.dist_token)]
-        return torch.cat([*prefix, x], 1) + self.pos_embed
-
     def features(self, images, after=()):
-        """Return ({block: patch tokens (B, N, D) after it} for the blocks in `after`, counted from
-        0; (class logits, distillation logits), (B, C) each)."""
-        x, hidden = self.embed(images), {}
+        """Return (hidden, (class logits, distillation logits)); logits are (B, C) each.
+
+        hidden: {block: patch tokens (B, N, D) after it}, for the blocks in `after`, counted from 0.
+        """
+        x = self.patch_embed["proj"](images).flatten(2).transpose(1, 2)     # (B, N, D)
+        cls_token = self.cls_token.expand(len(x), -1, -1)
+        dist_token = self.dist_token.expand(len(x), -1, -1)
+        x = torch.cat([cls_token, dist_token, x], 1) + self.pos_embed       # (B, 2+N, D)
+        hidden = {}
         for i, block in enumerate(self.blocks):
             x = block(x)
             if i in after:
@@ -220,92 +236,144 @@ class ViT(nn.Module):
         return hidden, (self.head(x[:, 0]), self.head_dist(x[:, 1]))
 
     def forward(self, images):
-        by_class, by_dist = self.features(images)[1]
-        if not self.num_classes:
-            return by_class
-        return (by_class, by_dist) if self.training else (by_class + by_dist) / 2
+        _, (cls_logits, dist_logits) = self.features(images)
+        if self.num_classes == 0:
+            return cls_logits
+        if self.training:
+            return cls_logits, dist_logits
+        return (cls_logits + dist_logits) / 2
 
 
-def load_weights(vit, state):
-    """Load a state dict into a ViT, strictly; resize the position embedding to its image size."""
-    position = state.get("pos_embed", vit.pos_embed)                        # (1, 2+N, D)
-    old, grid = (math.isqrt(p.shape[1] - 2) for p in (position, vit.pos_embed))
-    patches = position[:, 2:].reshape(1, old, old, -1).permute(0, 3, 1, 2)  # (1, D, old, old)
-    patches = F.interpolate(patches, (grid, grid), mode="bicubic").flatten(2).transpose(1, 2)
-    position = torch.cat([position[:, :2], patches], 1)                     # (1, 2+grid*grid, D)
-    vit.load_state_dict({**state, "pos_embed": position} if "pos_embed" in state else state)
+# ------------------------------------------------------------------ weights from other ViTs
 
 
-@torch.no_grad()
-def attention_distance(vit, images):
-    """Return how far the patches attend, in patches, for each block and head: (depth, H). It is the
-    mean over images and patches i of sum_j a_ij |p_i - p_j|: a is the attention among patches, p
-    are positions on the grid. images (B, 3, S, S)."""
-    x = vit.embed(images)                                                   # (B, 2+N, D)
-    g = torch.arange(math.isqrt(x.shape[1] - 2))
-    position = torch.cartesian_prod(g, g).to(x)                             # (N, 2)
-    distance, rows = torch.cdist(position, position), []                    # (N, N)
-    for block in vit.blocks:
-        attn = block.attn
-        qkv = attn.qkv(block.norm1(x)).unflatten(2, (3, attn.num_heads, -1))
-        q, k, _ = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, 2+N, D/H) each
-        logits = q @ k.transpose(2, 3) / math.sqrt(q.shape[-1])             # (B, H, 2+N, 2+N)
-        if isinstance(attn, ConvAttention):
-            logits = logits + attn.position_term()
-        a = logits[..., 2:, 2:].softmax(-1)                                 # (B, H, N, N)
-        rows.append((a * distance).sum(3).mean((0, 2)))
-        x = block(x)
-    return torch.stack(rows)
+def resize_position(pos_embed, grid):
+    """Resize a position embedding (1, 2 + g*g, D) to (1, 2 + grid*grid, D), bicubically.
+
+    The first two rows belong to the class and the distillation token. They stay.
+    """
+    g = math.isqrt(pos_embed.shape[1])  # the root of 2 + g*g rounds down to g
+    prefix, patches = pos_embed.tensor_split([pos_embed.shape[1] - g**2], dim=1)
+    if g != grid:
+        patches = patches.unflatten(1, (g, g)).permute(0, 3, 1, 2)          # (1, D, g, g)
+        patches = F.interpolate(patches, (grid, grid), mode="bicubic")
+        patches = patches.flatten(2).transpose(1, 2)                        # (1, grid*grid, D)
+    return torch.cat([prefix, patches], 1)
+
+
+def load_weights(vit, weights, source):
+    """Load weights strictly, after resizing their position embedding to the ViT's image size."""
+    if "pos_embed" in weights and weights["pos_embed"].ndim == 3:
+        grid = math.isqrt(vit.pos_embed.shape[1])  # of 2 + grid*grid rows
+        weights = {**weights, "pos_embed": resize_position(weights["pos_embed"], grid)}
+    common.load_strictly(vit, weights, source)
+
+
+def load_init(student, path):
+    """Start a student from a student.pth of this script, or from a released DeiT-distilled file.
+
+    Heads of another class count stay new. So do MHCA's weights if the file has none of them.
+    """
+    weights = common.read_weights(path)
+    new = student.state_dict()
+    heads = {name: x for name, x in new.items() if name.startswith("head")}
+    if "head.bias" not in weights or weights["head.bias"].shape != heads["head.bias"].shape:
+        weights = {name: x for name, x in weights.items() if not name.startswith("head")}
+        weights.update(heads)
+        common.print0(f"{path}: both heads are new")
+    new_pos_weights = {name: x for name, x in new.items() if name.endswith("pos_weight")}
+    if new_pos_weights and not any(name.endswith("pos_weight") for name in weights):
+        weights.update(new_pos_weights)
+        common.print0(f"{path}: MHCA's pos_weight is new (--mhca-blocks 0 would leave it out)")
+    load_weights(student, weights, path)
 
 
 # ------------------------------------------------------------------ the teacher
 
+
 class CifarBlock(nn.Module):
     def __init__(self, channels_in, channels, stride):
         super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, 1, bias=False)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, 1, 1, bias=False)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
-        self.stride, self.new = stride, channels - channels_in
+        self.stride = stride
+        self.new_channels = channels - channels_in
 
     def forward(self, x):
-        y = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = self.bn2(self.conv2(y))
         # The shortcut has no weights: every stride-th pixel; new channels are 0, half on each side
         x = x[:, :, ::self.stride, ::self.stride]
-        return F.relu(y + F.pad(x, (0, 0, 0, 0, self.new // 2, self.new // 2)))
+        half = self.new_channels // 2
+        x = F.pad(x, (0, 0, 0, 0, half, half))
+        return F.relu(x + y)
 
 
 class CifarResNet(nn.Module):
-    """ResNet for 32 px images (He et al., arXiv 1512.03385, section 4.2); depth = 6 blocks + 2."""
+    """ResNet for images of 32 px (He et al., arXiv 1512.03385, section 4.2).
+
+    blocks: in each of the three stages. The depth in the CNN's name is 6 * blocks + 2.
+    """
 
     def __init__(self, blocks, num_classes=10):
         super().__init__()
+
+        def stage(channels_in, channels, stride):
+            first = CifarBlock(channels_in, channels, stride)
+            others = [CifarBlock(channels, channels, 1) for _ in range(blocks - 1)]
+            return nn.Sequential(first, *others)
+
         self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
-        self.layer1 = nn.Sequential(*(CifarBlock(16, 16, 1) for _ in range(blocks)))
-        self.layer2, self.layer3 = (nn.Sequential(
-            CifarBlock(C // 2, C, 2), *(CifarBlock(C, C, 1) for _ in range(blocks - 1)))
-            for C in (32, 64))
+        self.layer1 = stage(16, 16, 1)
+        self.layer2 = stage(16, 32, 2)
+        self.layer3 = stage(32, 64, 2)
         self.linear = nn.Linear(64, num_classes)
 
     def forward(self, x):
-        x = self.layer3(self.layer2(self.layer1(F.relu(self.bn1(self.conv1(x))))))
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = self.layer3(self.layer2(self.layer1(x)))
         return self.linear(x.mean((2, 3)))
 
 
-CNNS = ["cifar_resnet20", "cifar_resnet32", "cifar_resnet44", "cifar_resnet56",
-        *models.list_models(models, include=["resnet*", "resnext*", "wide_resnet*", "regnet*"])]
-STAGES = {  # the modules that end a CNN's stages, each in a ReLU, and at last its classifier
-    CifarResNet: ["layer1", "layer2", "layer3", "linear"],
-    models.ResNet: ["layer1", "layer2", "layer3", "layer4", "fc"],  # ResNeXt and wide ones, too
-    models.RegNet: [*(f"trunk_output.block{stage}" for stage in (1, 2, 3, 4)), "fc"]}
+# {name: class}. ResNeXt and wide ResNets are of torchvision's class ResNet, too.
+CNNS = {
+    "cifar_resnet20": CifarResNet,
+    "cifar_resnet32": CifarResNet,
+    "cifar_resnet44": CifarResNet,
+    "cifar_resnet56": CifarResNet,
+    **dict.fromkeys(models.list_models(models, ["resnet*", "resnext*", "wide_*"]), models.ResNet),
+    **dict.fromkeys(models.list_models(models, ["regnet*"]), models.RegNet),
+}
+
+# stages: the modules that end them, each in a ReLU.
+# landmark: a weight by which common.read_weights finds such a CNN in somebody's checkpoint.
+KINDS = {
+    CifarResNet: {
+        "stages": ["layer1", "layer2", "layer3"],
+        "classifier": "linear",
+        "landmark": "layer1.0.conv1.weight",
+    },
+    models.ResNet: {
+        "stages": ["layer1", "layer2", "layer3", "layer4"],
+        "classifier": "fc",
+        "landmark": "layer1.0.conv1.weight",
+    },
+    models.RegNet: {
+        "stages": [f"trunk_output.block{stage}" for stage in (1, 2, 3, 4)],
+        "classifier": "fc",
+        "landmark": "stem.0.weight",
+    },
+}
 
 
 def make_cnn(name, num_classes):
     """Return one of CNNS with random weights."""
-    if name.startswith("cifar"):
-        return CifarResNet((int(name[-2:]) - 2) // 6, num_classes)
+    if CNNS[name] is CifarResNet:
+        depth = int(name.removeprefix("cifar_resnet"))
+        return CifarResNet((depth - 2) // 6, num_classes)
     return models.get_model(name, weights=None, num_classes=num_classes)
 
 
@@ -317,9 +385,11 @@ class Teacher(nn.Module):
 
     def __init__(self, cnn):
         super().__init__()
-        self.num_classes = getattr(cnn, STAGES[type(cnn)][-1]).out_features
-        self.cnn = create_feature_extractor(cnn.eval(), STAGES[type(cnn)])
-        self.requires_grad_(False).eval().to(memory_format=torch.channels_last)
+        kind = KINDS[type(cnn)]
+        self.num_classes = cnn.get_submodule(kind["classifier"]).out_features
+        self.cnn = create_feature_extractor(cnn.eval(), [*kind["stages"], kind["classifier"]])
+        self.requires_grad_(False).eval()
+        self.to(memory_format=torch.channels_last)  # the faster layout for convolutions
 
     def features(self, images):
         """Return (maps [(B, C_1, h_1, h_1), ...] of the stages, large first; logits (B, C))."""
@@ -330,26 +400,66 @@ class Teacher(nn.Module):
         return self.features(images)[1]
 
 
+def load_cnn_weights(cnn, weights, source):
+    """Load weights strictly into one of CNNS."""
+    # Files from before torch 0.4.1 lack BatchNorm's counters, which nothing here reads
+    counters = {name: x for name, x in cnn.state_dict().items() if name.endswith("batches_tracked")}
+    common.load_strictly(cnn, {**counters, **weights}, source)
+
+
+def load_cnn_init(cnn, path):
+    """Start a CNN from a file of its weights. A classifier of another class count stays new."""
+    kind = KINDS[type(cnn)]
+    prefix = f"{kind['classifier']}."
+    weights = common.read_weights(path, kind["landmark"])
+    new = cnn.get_submodule(kind["classifier"]).state_dict(prefix=prefix)
+    bias = f"{prefix}bias"
+    if bias not in weights or weights[bias].shape != new[bias].shape:
+        weights = {name: x for name, x in weights.items() if not name.startswith(prefix)}
+        weights.update(new)
+        common.print0(f"{path}: the classifier is new")
+    load_cnn_weights(cnn, weights, path)
+
+
+def find_teacher(name, weights):
+    """Return (file or address of a teacher's weights, its name in CNNS)."""
+    if name in CNNS:
+        if weights:
+            return weights, name
+        if CNNS[name] is CifarResNet:
+            raise common.InputError(f"{name} has no download: give its file as --teacher-weights")
+        return models.get_model_weights(name).DEFAULT.url, name
+    if Path(name).is_file() and not weights:
+        saved = common.load_checkpoint(name)
+        if not isinstance(saved, dict) or saved.get("cnn") not in list(CNNS):
+            raise common.InputError(
+                f"{name} is no student.pth of --train-teacher. For a file of other weights, name "
+                f"the CNN, one of {', '.join(CNNS)}, and give the file as --teacher-weights")
+        return name, saved["cnn"]
+    raise common.InputError(f"no teacher {name}: choose {', '.join(CNNS)}, none, or the path of a "
+                            "student.pth of --train-teacher")
+
+
 def load_teacher(name, weights=None, num_classes=1000):
     """Return a frozen Teacher in eval mode.
 
     name: one of CNNS, with its weights in the file `weights` or else downloaded; or the path of a
-    student.pth of --train-teacher. num_classes None: as many as the weights have. Raises ValueError
-    (name, unreadable file) or RuntimeError (another model or class count: torch names the keys)."""
-    if name in CNNS:
-        if not weights and name.startswith("cifar"):
-            raise ValueError(f"{name} cannot be downloaded: give its weights as a file")
-        saved = common.load_checkpoint(weights or models.get_model_weights(name).DEFAULT.url)
-    elif Path(name).is_file() and not weights:
-        saved = common.load_checkpoint(name)
-        name = saved.get("cnn", f"{name}, which --train-teacher did not write")
-    if name not in CNNS:
-        raise ValueError(f"no teacher {name}: choose {', '.join(CNNS)}, or a student.pth")
-    state = saved.get("model", saved.get("state_dict", saved))
-    state = {key.removeprefix("module."): value for key, value in state.items()}
-    bias = state.get("fc.bias", state.get("linear.bias", []))
-    cnn = make_cnn(name, num_classes or len(bias))
-    cnn.load_state_dict(state)
+    student.pth of --train-teacher. num_classes None: as many as the weights have. Raises
+    common.InputError, a ValueError, if the name is unknown or the file does not fit.
+    """
+    source, cnn_name = find_teacher(name, weights)
+    kind = KINDS[CNNS[cnn_name]]
+    state = common.read_weights(source, kind["landmark"])
+    bias = f"{kind['classifier']}.bias"
+    if bias not in state:
+        raise common.InputError(f"{source} has no {bias}: the teacher must be a classifier")
+    teacher_classes = state[bias].numel()
+    if num_classes is not None and num_classes != teacher_classes:
+        raise common.InputError(
+            f"the teacher has {teacher_classes} classes, the data {num_classes}: fine-tune it on "
+            f"the data by --train-teacher {cnn_name} --init {source}, then take its student.pth")
+    cnn = make_cnn(cnn_name, teacher_classes)
+    load_cnn_weights(cnn, state, source)
     return Teacher(cnn)
 
 
@@ -357,368 +467,629 @@ def load_teacher(name, weights=None, num_classes=1000):
 
 
 class Distillation(nn.Module):
-    """All that is trained, in one module for one DDP. Returns {name: weighted loss term}."""
+    """All that is trained, in one module for one DistributedDataParallel.
 
-    def __init__(self, student, aligners, hints, args):
+    forward(images, target, teacher_features) -> {name: loss term}; the loss is their sum.
+    teacher_features: what the teacher's features(images) returns; None in stage 2.
+    hints: [(block, stage), ...], an aligner for each. Blocks count from 0, stages from 1.
+    soft: temperature of soft labels; None or 0: the teacher's class is a hard label.
+    """
+
+    def __init__(self, student, aligners, hints, alpha=0.5, beta=10.0, label_smoothing=0.1,
+                 soft=None):
         super().__init__()
-        self.student, self.aligners, self.hints, self.args = student, aligners, hints, args
+        self.student = student
+        self.aligners = aligners
+        self.hints = hints
+        self.alpha = alpha
+        self.beta = beta
+        self.label_smoothing = label_smoothing
+        self.soft = soft
 
     def forward(self, images, target, teacher_features):
-        alpha, smoothing = self.args.alpha, self.args.label_smoothing
-        hidden, logits = self.student.features(images, [block for block, _ in self.hints])
-        by_class, by_dist = (x.float() for x in logits)                     # (B, C) each
-        ce = F.cross_entropy(by_class, target, label_smoothing=smoothing)
-        if not teacher_features:  # stage 2: the labels, half for each head
-            return {"ce": (ce + F.cross_entropy(by_dist, target, label_smoothing=smoothing)) / 2}
+        blocks = [block for block, _ in self.hints]
+        hidden, (cls_logits, dist_logits) = self.student.features(images, blocks)
+        cls_logits = cls_logits.float()
+        dist_logits = dist_logits.float()
+        cls_ce = F.cross_entropy(cls_logits, target, label_smoothing=self.label_smoothing)
+        losses = {}
 
-        # Stage 1: (1 - alpha) CE(class, y) + alpha CE(distillation, argmax teacher) + beta sum L_h
+        # Stage 2: CE of both heads against the labels, half each
+        if teacher_features is None:
+            dist_ce = F.cross_entropy(dist_logits, target, label_smoothing=self.label_smoothing)
+            losses["ce"] = (cls_ce + dist_ce) / 2
+            return losses
+
+        # Stage 1: (1 - alpha) CE(class logits, y) + alpha L_logits + beta * sum of L_h
         maps, teacher_logits = teacher_features
-        losses = {"ce": (1 - alpha) * ce,
-                  "logits": alpha * F.cross_entropy(by_dist, teacher_logits.argmax(1))}
+        losses["ce"] = (1 - self.alpha) * cls_ce
+        if self.soft:  # both heads learn the teacher's distribution
+            cls_kl = soft_loss(cls_logits, teacher_logits, self.soft)
+            dist_kl = soft_loss(dist_logits, teacher_logits, self.soft)
+            losses["logits"] = self.alpha * (cls_kl + dist_kl) / 2
+        else:  # as in DeiT: the distillation token learns the teacher's class
+            dist_ce = F.cross_entropy(dist_logits, teacher_logits.argmax(1))
+            losses["logits"] = self.alpha * dist_ce
         if self.hints:
-            losses["hints"] = self.args.beta * sum(
-                hint_loss(align(hidden[block]), maps[stage - 1])
-                for align, (block, stage) in zip(self.aligners, self.hints))
+            hint_sum = 0
+            for align, (block, stage) in zip(self.aligners, self.hints):
+                hint_sum = hint_sum + hint_loss(align(hidden[block]), maps[stage - 1])
+            losses["hints"] = self.beta * hint_sum
         return losses
 
 
 def parse_hints(text, depth, num_stages):
-    """Return [(block, stage), ...]: "1:1,3:2" -> [(1, 1), (3, 2)]. Raises ValueError."""
-    pairs = [pair.split(":") for pair in text.split(",")] if text != "none" else []
-    hints = [(int(block), int(stage)) for block, stage in pairs]
-    if any(not (0 <= block < depth and 1 <= stage <= num_stages) for block, stage in hints):
-        raise ValueError(f"there are blocks 0 to {depth - 1} and stages 1 to {num_stages}")
+    """Return [(block, stage), ...]: "1:1,3:2" -> [(1, 1), (3, 2)], "none" -> []."""
+    if text == "none":
+        return []
+    hints = []
+    for pair in text.split(","):
+        match = re.fullmatch(r"(\d+):(\d+)", pair)
+        if not match:
+            raise common.InputError(f"--hints {text}: write block:stage,block:stage,... or none")
+        block = int(match[1])
+        stage = int(match[2])
+        if block >= depth or not 1 <= stage <= num_stages:
+            raise common.InputError(f"--hints {text}: there are blocks 0 to {depth - 1} and "
+                                    f"stages 1 to {num_stages}")
+        hints.append((block, stage))
     return hints
 
 
 def train(args, device):
-    """Train args.student, with args.teacher or alone. Return the last epoch's record."""
-    autocast, scaler = common.precision(args, device)
+    """Train args.student with args.teacher, or alone. Return the record of the last epoch."""
 
-    # ---- data: each process loads its part of a batch ----
-    transform = common.train_transform(args.image_size, (args.crop_scale, 1.0),
-                                       args.rand_augment, args.random_erasing)
-    train_set, val_set, num_classes = common.load_data(args, transform)
-    loader = common.make_loader(train_set, args, train=True)
-    val_batches = common.make_loader(val_set, args, train=False)
-    mix = [v2.MixUp(alpha=args.mixup, num_classes=num_classes)] if args.mixup else []
-    mix += [v2.CutMix(alpha=args.cutmix, num_classes=num_classes)] if args.cutmix else []
+    # ---- precision ----
+    args.amp = args.amp or common.best_precision(device)
+    common.describe_run(device, args.amp)
+    common.choose_attention_kernel(device, args.amp)
+    autocast = torch.autocast(device.type, common.DTYPES[args.amp], enabled=args.amp != "off")
+    # fp16 rounds small gradients to 0: the scaler multiplies the loss first. Else it does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+
+    # ---- data ----
+    train_images, val_images = common.load_data(args.data, args.val, args.image_size)
+    num_classes = len(train_images.classes)
+    indices = common.class_balanced_subset(train_images.targets, args.data_fraction)
+    augment = common.train_transform(args.image_size, (args.crop_scale, 1.0), args.rand_augment,
+                                     args.random_erasing)
+    train_set = common.Images(train_images, indices, augment, args.seed)
+    val_set = common.Images(val_images, range(len(val_images)),
+                            common.val_transform(args.image_size), replace_unreadable=False)
+    common.print_counts(train_set, val_set)
+    train_batches = common.train_loader(train_set, args.batch_size, args.accum, args.workers,
+                                        args.seed)
+    chunk_size = args.batch_size // (common.world_size() * args.accum)  # fits into memory
+    val_batches = common.val_loader(val_set, chunk_size, args.workers)
+    steps_per_epoch = len(train_batches)
+
+    mixers = []
+    if args.mixup:
+        mixers.append(v2.MixUp(alpha=args.mixup, num_classes=num_classes))
+    if args.cutmix:
+        mixers.append(v2.CutMix(alpha=args.cutmix, num_classes=num_classes))
+    mix = v2.RandomChoice(mixers) if mixers else None  # one of the two for each batch
 
     # ---- models ----
     torch.manual_seed(args.seed)
     arch = {**SIZES[args.student], "image_size": args.image_size, "patch_size": args.patch_size,
             "num_classes": num_classes, "mhca_blocks": args.mhca_blocks}
-    drop_path = 0.1 if args.student == "deit_b" else 0.0
-    ema_decay = max(0, 1 - 15 / (args.epochs * len(loader))) if drop_path else 0  # DeiT: 0.99996
-    student = ViT(**arch, pos_dropout=args.pos_dropout, drop_path=drop_path)
-    teacher, hints, aligners = None, [], nn.ModuleList()
-    try:
-        if args.init:
-            saved = common.load_checkpoint(args.init)
-            if saved.get("script") != "dearkd":
-                raise ValueError(f"{args.init} is no student.pth of dearkd.py")
-            state = saved["model"]
-            if len(state["head.bias"]) != num_classes:  # then both heads stay new
-                state.update((k, v) for k, v in student.state_dict().items() if "head" in k)
-            load_weights(student, state)
-        if args.teacher != "none":
-            teacher = load_teacher(args.teacher, args.teacher_weights, num_classes)
-            maps, _ = teacher.features(torch.zeros(1, 3, args.image_size, args.image_size))
-            hints = parse_hints(args.hints, arch["depth"], len(maps))
-            aligners.extend(Aligner(arch["dim"], maps[stage - 1].shape[1]) for _, stage in hints)
-            teacher.to(device)
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        common.fail(f"--init, --teacher or --hints (block:stage,...): {error}")
-    model = Distillation(student, aligners, hints, args).to(device)
-    ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))  # 0: just a copy
+    student = ViT(**arch, pos_dropout=args.pos_dropout, drop_path=args.drop_path)
+    if args.init:
+        load_init(student, args.init)
+
+    teacher = None
+    hints = []
+    aligners = nn.ModuleList()
+    if args.teacher != "none":
+        teacher = load_teacher(args.teacher, args.teacher_weights, num_classes)
+        maps, _ = teacher.features(torch.zeros(1, 3, args.image_size, args.image_size))
+        hints = parse_hints(args.hints, arch["depth"], len(maps))
+        for _, stage in hints:
+            aligners.append(Aligner(arch["dim"], maps[stage - 1].shape[1]))
+        teacher.to(device)
+
+    model = Distillation(student, aligners, hints, args.alpha, args.beta, args.label_smoothing,
+                         args.soft)
+    model.to(device)
+    ema = common.moving_average(student, args.ema_decay)  # what is evaluated and saved
 
     # ---- optimiser ----
     groups = common.parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
-    # ---- resume, or say how good the teacher is ----
-    resumed = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    checkpoint, log = common.open_run(args), []  # log: one record an epoch
+    # ---- resume, or check the teacher ----
+    stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    settings = {**vars(args), "num_classes": num_classes}  # a resumed run must have the same
+    log = []  # one record an epoch
+    checkpoint = common.open_run(args.out, args.resume, settings)
     if checkpoint:
         log = checkpoint["log"]
-        for name, part in resumed.items():
+        for name, part in stateful.items():
             part.load_state_dict(checkpoint[name])
     elif teacher:
         top1 = common.evaluate(teacher, val_batches, device, autocast)
-        common.say(f"teacher {args.teacher}: top-1 {top1:.1f} % on the validation images")
+        common.print0(f"teacher {args.teacher}: top-1 {top1:.1f} % on the validation images")
 
-    if args.compile:  # in place, so that the names in state_dict() stay
-        model.compile(dynamic=False)
+    if args.compile:
+        model.compile(dynamic=False)  # in place, so that names in state_dict() stay as they are
         if teacher:
             teacher.features = torch.compile(teacher.features, dynamic=False)
-    first_epoch = len(log)
-    skipped = []  # for each step: was it skipped?
+    ddp = None  # made at the start of a stage
+    bad_steps_in_a_row = 0
 
-    for epoch in range(first_epoch, args.epochs):
-        # Stage 1 has the teacher. In stage 2 it does not run, and its aligners are not trained
+    for epoch in range(len(log), args.epochs):
+        # ---- stage 1 has the teacher; in stage 2 it does not run, and the aligners rest ----
         stage = 1 if teacher and epoch < args.stage1_epochs else 2
-        if epoch in (first_epoch, args.stage1_epochs):  # DDP expects all gradients required here
+        if ddp is None or epoch == args.stage1_epochs:
+            # DDP waits for a gradient of each parameter that requires one when DDP is made
             aligners.requires_grad_(stage == 1)
             ddp = DDP(model, gradient_as_bucket_view=True) if common.world_size() > 1 else model
 
-        # Seed: a resumed run draws the same random numbers as an uninterrupted one
-        torch.manual_seed(hash((args.seed, epoch, common.rank())))
-        loader.sampler.set_epoch(epoch)
-        train_set.epoch.fill_(epoch)  # a tensor that the workers share
+        # A resumed run draws the same random numbers as an uninterrupted one
+        torch.manual_seed(common.seed_of(args.seed, epoch, common.rank()))
+        train_batches.sampler.set_epoch(epoch)  # the order of images
+        train_set.epoch = epoch  # their augmentation
         model.train()
-        started, totals = time.time(), defaultdict(float)
+        loss_sums = defaultdict(float)
+        skipped_steps = 0
+        batches = common.TimedBatches(train_batches, epoch, args.epochs, args.batch_size)
 
-        bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=common.rank() > 0 or None)
-        for step, batch in enumerate(bar):
-            # Learning rate
-            lr = common.learning_rate(epoch + (step + 1) / len(loader), args)
+        for step, (images, target) in enumerate(batches, start=1):
+            images = images.to(device, non_blocking=True)
+            target = target.to(device, non_blocking=True)
+
+            # ---- learning rate ----
+            lr = common.learning_rate(epoch + step / steps_per_epoch, args.epochs, args.lr,
+                                      args.min_lr, args.warmup_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # MixUp or CutMix, one of the two per batch; the teacher sees the same images
-            batch = [tensor.to(device, non_blocking=True) for tensor in batch]
-            images, target = v2.RandomChoice(mix)(*batch) if mix else batch
+            # ---- MixUp or CutMix: the teacher sees the mixed images, too ----
+            if mix:
+                images, target = mix(images, target)                        # target: (B, C)
 
-            # Forward and backward, in equal chunks to save memory
-            for i, (x, y) in enumerate(zip(images.chunk(args.accum), target.chunk(args.accum))):
-                # DDP averages gradients over processes once a step: in the last backward pass
-                ddp.require_backward_grad_sync = i == args.accum - 1  # one process: no effect
-                with autocast():
-                    with torch.no_grad():
-                        teacher_features = teacher.features(x) if stage == 1 else None
+            # ---- forward and backward, in equal chunks to save memory ----
+            chunks = zip(images.chunk(args.accum), target.chunk(args.accum))
+            for i, (x, y) in enumerate(chunks):
+                # Gradients add up from chunk to chunk. DDP averages them over the processes, which
+                # is needed only once: in the last backward pass. Without DDP this has no effect.
+                ddp.require_backward_grad_sync = i == args.accum - 1
+                with torch.no_grad(), autocast:
+                    teacher_features = teacher.features(x) if stage == 1 else None
+                with autocast:
                     losses = ddp(x, y, teacher_features)
-                scaler.scale(sum(losses.values()) / args.accum).backward()
-                for name, loss in losses.items():
-                    totals[name] += loss.detach().nan_to_num(0, 0, 0) / args.accum  # NaN adds 0
+                loss = sum(losses.values()) / args.accum
+                scaler.scale(loss).backward()
+                for name, term in losses.items():
+                    # For the log alone. NaN and inf count as 0: they would spoil the epoch's mean.
+                    loss_sums[name] += term.detach().nan_to_num(0, 0, 0) / args.accum
 
-            # Finite check and step: gradients are averaged, so all processes skip or none does
+            # ---- step, if gradients are finite: they are averaged, so all processes agree ----
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-            skipped.append(not norm.isfinite())
-            if not skipped[-1]:
+            if norm.isfinite():
                 scaler.step(optimizer)
                 ema.update_parameters(student)
-            elif sum(skipped[-20:]) == 20:
-                common.fail("20 steps in a row had no finite gradients: try a lower --lr")
+                bad_steps_in_a_row = 0
+            else:
+                skipped_steps += 1
+                bad_steps_in_a_row += 1
+            if bad_steps_in_a_row == 20:
+                raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
             scaler.update()
             optimizer.zero_grad()
 
-        # Evaluation and log
-        record = {"epoch": epoch + 1, "stage": stage,
-                  **common.mean_losses(totals, len(loader), device), "lr": lr,
-                  "skipped_steps": sum(skipped[-len(loader):]),
-                  "images_per_second": len(loader) * args.batch_size / (time.time() - started)}
-        if (epoch + 1) % args.eval_every == 0 or epoch + 1 in (args.stage1_epochs, args.epochs):
-            record["top1"] = common.evaluate(ema.module, val_batches, device, autocast)
-            some = np.linspace(0, len(val_set) - 1, 32).astype(int)
-            some = torch.stack([val_set[i][0] for i in some])               # (32, 3, S, S)
-            distance = attention_distance(ema.module, some.to(device)).mean(1)
-            record["attention_distance"] = distance.tolist()  # of each block, in patches
-        log.append({**record, "seconds": time.time() - started})
-        common.log_epoch(args, log)
+            if step % args.log_every == 0:
+                batches.print_progress(loss_sums, lr)
 
-        # Checkpoints: the student as a plain ViT, and all that --resume needs
+        # ---- evaluation and log ----
+        record = {
+            "epoch": epoch + 1,
+            "stage": stage,
+            **common.mean_over_processes(loss_sums, steps_per_epoch, device),
+            "lr": lr,
+            "skipped_steps": skipped_steps,
+            **batches.speed(),
+            "peak_memory_gb": common.peak_memory_gb(),
+        }
+        last_of_stage = epoch + 1 in (args.stage1_epochs, args.epochs)
+        if (epoch + 1) % args.eval_every == 0 or last_of_stage:
+            record["top1"] = common.evaluate(ema.module, val_batches, device, autocast)
+        record["seconds"] = batches.seconds()
+        log.append(record)
+        common.log_epoch(args.out, log, args.epochs)
+
+        # ---- checkpoints: the student as a plain ViT, and all that --resume needs ----
         if common.rank() == 0:
             common.save_checkpoint(f"{args.out}/student.pth", model=ema.module.state_dict(),
                                    arch=arch, script="dearkd")
-            states = {name: part.state_dict() for name, part in resumed.items()}
-            common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=vars(args))
+            states = {name: part.state_dict() for name, part in stateful.items()}
+            common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=settings)
     return log[-1]
 
 
 def train_cnn(args, device):
-    """Train the CNN args.train_teacher on the labels. Return the last epoch's record."""
-    autocast, scaler = common.precision(args, device)
-    transform = common.train_transform(args.image_size, (args.crop_scale, 1.0),
-                                       args.rand_augment, args.random_erasing)
-    train_set, val_set, num_classes = common.load_data(args, transform)
-    loader = common.make_loader(train_set, args, train=True)
-    val_batches = common.make_loader(val_set, args, train=False)
+    """Train the CNN args.train_teacher on the labels. Return the record of the last epoch."""
+
+    # ---- precision ----
+    args.amp = args.amp or common.best_precision(device)
+    common.describe_run(device, args.amp)
+    autocast = torch.autocast(device.type, common.DTYPES[args.amp], enabled=args.amp != "off")
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+
+    # ---- data ----
+    train_images, val_images = common.load_data(args.data, args.val, args.image_size)
+    num_classes = len(train_images.classes)
+    indices = common.class_balanced_subset(train_images.targets, args.data_fraction)
+    augment = common.train_transform(args.image_size, (args.crop_scale, 1.0), args.rand_augment,
+                                     args.random_erasing)
+    train_set = common.Images(train_images, indices, augment, args.seed)
+    val_set = common.Images(val_images, range(len(val_images)),
+                            common.val_transform(args.image_size), replace_unreadable=False)
+    common.print_counts(train_set, val_set)
+    train_batches = common.train_loader(train_set, args.batch_size, 1, args.workers, args.seed)
+    val_batches = common.val_loader(val_set, args.batch_size // common.world_size(), args.workers)
+    steps_per_epoch = len(train_batches)
+
+    # ---- model and optimiser ----
     torch.manual_seed(args.seed)
-    cnn = make_cnn(args.train_teacher, num_classes).to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.AdamW(common.parameter_groups(cnn, args.weight_decay), fused=True)
-    resumed, log = {"model": cnn, "optimizer": optimizer, "scaler": scaler}, []
-    if checkpoint := common.open_run(args):
+    cnn = make_cnn(args.train_teacher, num_classes)
+    if args.init:
+        load_cnn_init(cnn, args.init)
+    cnn.to(device, memory_format=torch.channels_last)
+    groups = common.parameter_groups(cnn, args.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
+
+    # ---- resume ----
+    stateful = {"model": cnn, "optimizer": optimizer, "scaler": scaler}
+    settings = {**vars(args), "num_classes": num_classes}  # a resumed run must have the same
+    log = []  # one record an epoch
+    checkpoint = common.open_run(args.out, args.resume, settings)
+    if checkpoint:
         log = checkpoint["log"]
-        for name, part in resumed.items():
+        for name, part in stateful.items():
             part.load_state_dict(checkpoint[name])
     ddp = DDP(cnn) if common.world_size() > 1 else cnn
+    bad_steps_in_a_row = 0
+
     for epoch in range(len(log), args.epochs):
-        loader.sampler.set_epoch(epoch)
-        train_set.epoch.fill_(epoch)
-        ddp.train()
-        started, total = time.time(), 0
-        for step, (images, target) in enumerate(loader):
+        train_batches.sampler.set_epoch(epoch)  # the order of images
+        train_set.epoch = epoch  # their augmentation
+        cnn.train()
+        loss_sums = defaultdict(float)
+        skipped_steps = 0
+        batches = common.TimedBatches(train_batches, epoch, args.epochs, args.batch_size)
+
+        for step, (images, target) in enumerate(batches, start=1):
+            images = images.to(device, non_blocking=True)
+            target = target.to(device, non_blocking=True)
+
+            # ---- learning rate ----
+            lr = common.learning_rate(epoch + step / steps_per_epoch, args.epochs, args.lr,
+                                      args.min_lr, args.warmup_epochs)
             for group in optimizer.param_groups:
-                group["lr"] = common.learning_rate(epoch + (step + 1) / len(loader), args)
-            with autocast():
-                logits = ddp(images.to(device, non_blocking=True)).float()
-            loss = F.cross_entropy(logits, target.to(device), label_smoothing=args.label_smoothing)
+                group["lr"] = lr
+
+            # ---- forward and backward ----
+            with autocast:
+                logits = ddp(images)
+            loss = F.cross_entropy(logits.float(), target, label_smoothing=args.label_smoothing)
             scaler.scale(loss).backward()
+            loss_sums["ce"] += loss.detach().nan_to_num(0, 0, 0)
+
+            # ---- step, if gradients are finite: they are averaged, so all processes agree ----
             scaler.unscale_(optimizer)
-            if nn.utils.clip_grad_norm_(cnn.parameters(), math.inf).isfinite():  # does not clip
+            norm = nn.utils.clip_grad_norm_(cnn.parameters(), args.clip_grad or math.inf)
+            if norm.isfinite():
                 scaler.step(optimizer)
+                bad_steps_in_a_row = 0
+            else:
+                skipped_steps += 1
+                bad_steps_in_a_row += 1
+            if bad_steps_in_a_row == 20:
+                raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
             scaler.update()
             optimizer.zero_grad()
-            total += loss.detach().nan_to_num(0, 0, 0)
-        for buffer in cnn.buffers() if ddp is not cnn else []:
-            torch.distributed.broadcast(buffer, 0)  # BatchNorm's differ after the last step
-        top1 = common.evaluate(cnn, val_batches, device, autocast)
-        log.append({"epoch": epoch + 1, **common.mean_losses({"ce": total}, len(loader), device),
-                    "top1": top1, "seconds": time.time() - started})
-        common.log_epoch(args, log)
+
+            if step % args.log_every == 0:
+                batches.print_progress(loss_sums, lr)
+
+        # ---- evaluation and log ----
+        if common.world_size() > 1:
+            for buffer in cnn.buffers():
+                # Each process has BatchNorm statistics of its own images since the last forward
+                # pass. All take those of the first, which are saved.
+                torch.distributed.broadcast(buffer, 0)
+        record = {
+            "epoch": epoch + 1,
+            **common.mean_over_processes(loss_sums, steps_per_epoch, device),
+            "lr": lr,
+            "skipped_steps": skipped_steps,
+            **batches.speed(),
+            "peak_memory_gb": common.peak_memory_gb(),
+        }
+        if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
+            record["top1"] = common.evaluate(cnn, val_batches, device, autocast)
+        record["seconds"] = batches.seconds()
+        log.append(record)
+        common.log_epoch(args.out, log, args.epochs)
+
+        # ---- checkpoints: the CNN as a teacher, and all that --resume needs ----
         if common.rank() == 0:
-            state = {name: part.state_dict() for name, part in resumed.items()}
-            common.save_checkpoint(f"{args.out}/student.pth", model=state["model"],
+            common.save_checkpoint(f"{args.out}/student.pth", model=cnn.state_dict(),
                                    cnn=args.train_teacher)
-            common.save_checkpoint(f"{args.out}/last.pth", **state, log=log, args=vars(args))
+            states = {name: part.state_dict() for name, part in stateful.items()}
+            common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=settings)
     return log[-1]
 
 
 # ------------------------------------------------------------------ no real images: DF-DearKD
 
-# Settings of synthesize() up to 64 px; its defaults are for ImageNet. image_lr, betas, tv, l2 and
-# jitter are the authors'. Ours: divergence, bn (theirs: 10 or 100), first_bn (theirs: 1), and here
-# the schedule, the clipping and the flips, which the authors use for ImageNet alone.
-CIFAR = {"half_steps": 0, "steps": 2000, "image_lr": 0.1, "betas": (0.9, 0.999), "tv": 2.5e-5,
-         "l2": 0.0, "bn": 0.2, "first_bn": 10.0, "jitter": 2, "divergence": 1.0}
+# Images x of classes y are made from the weights of a CNN alone. From noise, Adam minimises
+#     CE(CNN(x), y)            each image shows its class
+#     + tv * TV(x)             neighbouring pixels are alike
+#     + l2 * mean_i |x_i|      colours are moderate
+#     + bn * sum_l w_l (|mu_l(x) - mu_l| + |var_l(x) - var_l|)
+#                              the input of BatchNorm l has the mean and variance of real images
+#     + divergence * L_bp      images of a class differ: DF-DearKD; without it DeepInversion
+
+
+def intra_divergence_loss(features, labels):
+    """L_bp of DF-DearKD (our reading), a scalar: spreads the images of a class up to its boundary.
+
+    features: (B, D), L2-normalised here; labels: (B,). Image i is pushed away from its nearest
+    class-mate e. The farthest one, h, marks the boundary of the class and is left where it is:
+        L_bp = mean_i max(0, stopgrad(d_ih) - d_ie)
+    The mean is over images with two class-mates or more. d is the Euclidean distance: its gradient
+    does not vanish between near-copies, as that of 1 - cosine does.
+    """
+    f = F.normalize(features, dim=1)
+    is_mate = labels[:, None] == labels                                     # (B, B)
+    is_mate.fill_diagonal_(False)
+    with torch.no_grad():
+        # Matrix products, which cdist may use, are inexact for near-copies
+        d = torch.cdist(f, f, compute_mode="donot_use_mm_for_euclid_dist")  # (B, B)
+        d_h = d.masked_fill(~is_mate, -math.inf).amax(1)                    # (B,)
+        e = d.masked_fill(~is_mate, math.inf).argmin(1)                     # (B,)
+    d_e = (f - f[e]).norm(dim=1)                                            # (B,)
+    has_two_mates = is_mate.sum(1) >= 2                                     # (B,)
+    terms = (d_h - d_e).clamp(min=0) * has_two_mates
+    return terms.sum() / has_two_mates.sum().clamp(min=1)
 
 
 def total_variation(x):
-    """Return the sum of the L2 norms, over the batch, of the differences between neighbours: right,
-    below and on both diagonals. x (B, 3, S, S)."""
-    return sum((a - b).norm() for a, b in (
-        (x[..., :, 1:], x[..., :, :-1]), (x[..., 1:, :], x[..., :-1, :]),
-        (x[..., 1:, 1:], x[..., :-1, :-1]), (x[..., 1:, :-1], x[..., :-1, 1:])))
+    """Return the sum of four L2 norms over all images x (B, 3, S, S), a scalar.
+
+    They are those of the differences between neighbours: right, below, and on both diagonals.
+    """
+    right = x[..., :, 1:] - x[..., :, :-1]
+    below = x[..., 1:, :] - x[..., :-1, :]
+    diagonal = x[..., 1:, 1:] - x[..., :-1, :-1]
+    other_diagonal = x[..., 1:, :-1] - x[..., :-1, 1:]
+    return right.norm() + below.norm() + diagonal.norm() + other_diagonal.norm()
 
 
 def batch_norm_loss(inputs, first_weight=10.0):
-    """Return sum_l w_l (|mu_l(x) - mu_l| + |var_l(x) - var_l|). mu_l and var_l are those stored in
-    BatchNorm l. Norms are over channels. w_0 = first_weight, the other weights are 1. inputs:
-    {BatchNorm: its input (B, C, h, w)}, in the order of the network."""
+    """Return sum_l w_l (|mu_l(x) - mu_l| + |var_l(x) - var_l|), a scalar. Norms are over channels.
+
+    inputs: {BatchNorm: its input (B, C, h, w)}, in the order of the network. mu_l and var_l are
+    stored in BatchNorm l. first_weight: w_0; the other weights are 1.
+    """
     distances = []
     for norm, x in inputs.items():
-        # No x.mean() and no float32 copy of x: both are slow. The rounding of x * x averages out
+        # Only the sums are float32: a copy of x in float32 would cost more time than the rest. The
+        # rounding of x * x averages out.
         x = x.permute(0, 2, 3, 1).flatten(0, 2)                             # (B*h*w, C)
         mean = x.sum(0, dtype=torch.float32) / len(x)                       # (C,)
-        var = (x * x).sum(0, dtype=torch.float32) / len(x) - mean.square()  # (C,)
+        mean_square = (x * x).sum(0, dtype=torch.float32) / len(x)          # (C,)
+        var = mean_square - mean.square()
         distances.append((mean - norm.running_mean).norm() + (var - norm.running_var).norm())
     return first_weight * distances[0] + sum(distances[1:])
 
 
-def synthesize(teacher, labels, image_size, half_steps=2000, steps=1000, image_lr=0.25,
-               betas=(0.5, 0.9), tv=1e-4, l2=1e-5, bn=0.01, first_bn=10.0, jitter=30,
-               divergence=1.0, seed=0, autocast=contextlib.nullcontext):
+# Above 64 px. All but divergence are DeepInversion's for ImageNet, tuned on torchvision's first
+# weights of ResNet-50 (V1).
+IMAGENET = {
+    "half_steps": 2000,      # steps in which the CNN sees the images average-pooled by 2
+    "steps": 1000,           # then steps at full size
+    "image_lr": 0.25,        # Adam's learning rate
+    "betas": (0.5, 0.9),     # Adam's
+    "tv": 1e-4,
+    "l2": 1e-5,
+    "bn": 0.01,
+    "first_bn": 10.0,        # w_0, the weight of the first BatchNorm; the others have 1
+    "jitter": 30,            # in each step the images are rolled by up to so many pixels
+    "divergence": 1.0,
+}
+
+# Up to 64 px. image_lr, betas, tv, l2 and jitter are DeepInversion's for CIFAR-10. Ours are
+# divergence, bn (theirs: 10 or 100) and first_bn (theirs: 1). Schedule, clipping and flips, too,
+# are those of ImageNet: theirs for CIFAR-10 has none of them.
+CIFAR = {
+    "half_steps": 0,
+    "steps": 2000,
+    "image_lr": 0.1,
+    "betas": (0.9, 0.999),
+    "tv": 2.5e-5,
+    "l2": 0.0,
+    "bn": 0.2,
+    "first_bn": 10.0,
+    "jitter": 2,
+    "divergence": 1.0,
+}
+
+
+def synthesize(teacher, labels, image_size, *, half_steps, steps, image_lr, betas, tv, l2, bn,
+               first_bn, jitter, divergence, seed=0, autocast=contextlib.nullcontext()):
     """Make images of the classes `labels` (B,) from a Teacher's weights alone: (B, 3, S, S).
 
-    From noise, Adam minimises (arXiv 1912.08795, section 3; the last term is DF-DearKD's)
-        CE + tv TV(x) + l2 mean_i |x_i| + bn sum_l w_l (...) + divergence L_bp,
-    first with the images average-pooled by 2, for half_steps, then at full size. In each step the
-    CNN sees them rolled by up to `jitter` pixels, and flipped or not. S = image_size. The images
-    are normalised by common.MEAN and STD. The teacher is not changed. The defaults are, divergence
-    aside, the authors' for torchvision's first weights (V1) of ResNet-50, given as file or URL."""
+    S = image_size. The images are normalised by common.MEAN and STD. The teacher is not changed.
+    The settings from half_steps to divergence are explained at IMAGENET: synthesize(teacher,
+    labels, 224, **IMAGENET). autocast: a context manager for the teacher's forward pass.
+    """
+    device = labels.device
     generator = torch.Generator().manual_seed(seed)
-    mean, std = (torch.tensor(x, device=labels.device)[:, None, None]
-                 for x in (common.MEAN, common.STD))
-    black, white = -mean / std, (1 - mean) / std  # the range of real images
-    images = torch.randn(len(labels), 3, image_size, image_size, generator=generator)
-    images = images.to(labels.device).clamp(black, white).requires_grad_()
+    mean = torch.tensor(common.MEAN, device=device)[:, None, None]          # (3, 1, 1)
+    std = torch.tensor(common.STD, device=device)[:, None, None]
+    black = (0 - mean) / std
+    white = (1 - mean) / std
+    noise = torch.randn(len(labels), 3, image_size, image_size, generator=generator)
+    images = noise.to(device).clamp(black, white).requires_grad_()
 
     inputs = {}  # {BatchNorm: its input in the latest forward pass}
-    hooks = [module.register_forward_pre_hook(lambda norm, x: inputs.update({norm: x[0]}))
-             for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
 
-    for pool, phase in ((2, half_steps), (1, steps)):
+    def remember_input(norm, arguments):
+        inputs[norm] = arguments[0]
+
+    norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
+    hooks = [norm.register_forward_pre_hook(remember_input) for norm in norms]
+
+    for pool, num_steps in ((2, half_steps), (1, steps)):
         optimizer = torch.optim.Adam([images], image_lr, betas)
-        warmup = min(100, phase / 10)
-        for step in range(phase):
-            # Learning rate: warm-up over 100 steps, at most a tenth of the phase; then cosine
-            cosine = (1 + math.cos(math.pi * (step - warmup) / (phase - warmup))) / 2
-            rate = (step + 1) / warmup if step + 1 < warmup else cosine
-            optimizer.param_groups[0]["lr"] = image_lr * rate
+        for step in range(num_steps):
+            # ---- learning rate: warm-up over 100 steps, then cosine ----
+            optimizer.param_groups[0]["lr"] = common.learning_rate(
+                step + 0.5, num_steps, image_lr, min_lr=0, warmup_epochs=100)
 
-            # A random roll and flip
+            # ---- a random roll and flip: the class must not depend on the position ----
             x = F.avg_pool2d(images, pool)                              # (B, 3, S/pool, S/pool)
-            far = jitter // pool
-            x = x.roll(torch.randint(-far, far + 1, (2,), generator=generator).tolist(), (2, 3))
-            x = x.flip(3) if torch.rand((), generator=generator) < 0.5 else x
+            max_shift = jitter // pool
+            shift = torch.randint(-max_shift, max_shift + 1, (2,), generator=generator)
+            x = x.roll(shift.tolist(), dims=(2, 3))
+            if torch.rand((), generator=generator) < 0.5:
+                x = x.flip(3)
 
-            # Loss
-            with autocast():
-                *maps, logits = teacher.cnn(x).values()
+            # ---- loss ----
+            with autocast:
+                maps, logits = teacher.features(x)
             features = maps[-1].float().mean((2, 3))                    # (B, D), the classifier's
-            loss = (F.cross_entropy(logits.float(), labels) + tv * total_variation(x)
+            loss = (F.cross_entropy(logits.float(), labels)
+                    + tv * total_variation(x)
                     + l2 * x.flatten(1).norm(dim=1).mean()
                     + bn * batch_norm_loss(inputs, first_bn)
                     + divergence * intra_divergence_loss(features, labels))
 
-            # Step: the gradient of the images alone, then back into the range of real images
+            # ---- step: the gradient of the images alone; then back into the range of photos ----
             images.grad = torch.autograd.grad(loss, images)[0]
             optimizer.step()
             with torch.no_grad():
                 images.clamp_(black, white)
+
     for hook in hooks:
         hook.remove()
     return images.detach()
 
 
 def plan_batches(num_classes, images_per_class, batch_size, seed):
-    """Return [[(class, number), ...], ...]: every image once; at least four of a class together,
-    if it has that many, since the intra-divergence loss compares class-mates."""
+    """Return the batches, lists of (class, number). Each image is in one of them.
+
+    At least four images of a class are together, if it has so many: L_bp compares class-mates.
+    """
+    # Groups of 4 to 7 images of a class, in random order of the classes
     generator = np.random.default_rng(seed)
-    parts = np.array_split(np.arange(images_per_class), max(1, images_per_class // 4))
-    groups = [[(int(c), int(n)) for n in part]
-              for part in parts for c in generator.permutation(num_classes)]
-    count = math.ceil(len(groups) / max(1, batch_size // len(groups[0])))
-    return [sum((groups[i] for i in part), [])
-            for part in np.array_split(np.arange(len(groups)), count)]
+    groups = []
+    for numbers in np.array_split(np.arange(images_per_class), max(1, images_per_class // 4)):
+        for label in generator.permutation(num_classes):
+            groups.append([(int(label), int(number)) for number in numbers])
+
+    # Batches whose numbers of groups differ by at most one
+    groups_per_batch = max(1, batch_size // len(groups[0]))  # the first group is a largest one
+    num_batches = math.ceil(len(groups) / groups_per_batch)
+    batches = []
+    for indices in np.array_split(np.arange(len(groups)), num_batches):
+        batch = []
+        for i in indices:
+            batch += groups[i]
+        batches.append(batch)
+    return batches
+
+
+def open_folder(out, resume, settings, class_names):
+    """Make out/train/CLASS, or continue there. Raises InputError if the images are of others."""
+    train_folder = out / "train"
+    is_ours = (out / "last.pth").exists()
+    if not is_ours and train_folder.exists() and any(train_folder.iterdir()):
+        raise common.InputError(f"--synthesize {out}: {train_folder} holds files that it did not "
+                                "write, and would mix with them. Choose another folder")
+    checkpoint = common.open_run(out, resume, settings)
+    if checkpoint is None:  # written before the first image, so that no image is without it
+        common.save_checkpoint(out / "last.pth", args=settings, log=[])
+    for name in class_names:
+        (train_folder / name).mkdir(parents=True, exist_ok=True)
 
 
 def fill_folder(args, device):
-    """Fill args.synthesize with images made from args.teacher: train/CLASS/NUMBER.png, preview.png.
+    """Fill args.synthesize with images from the weights of args.teacher: train/CLASS/NUMBER.png.
 
-    A batch depends on the seed and its number alone, and a batch whose files exist is skipped. So
-    with --resume the same command continues after a kill, and ends with the same files."""
-    autocast, _ = common.precision(args, device)
-    if args.amp == "fp16":  # too coarse for the gradients of pixels
-        args.amp = "off"
-        autocast, _ = common.precision(args, device)
+    preview.png shows the first 64 of them. A batch depends on the seed and its number alone, and a
+    batch whose files exist is skipped. So with --resume the same command continues after a kill,
+    and ends with the same files.
+    """
     out = Path(args.synthesize)
-    try:
-        teacher = load_teacher(args.teacher, args.teacher_weights, None).to(device)
-        names = [f"{c:03d}" for c in range(teacher.num_classes)]
-        if args.val:  # its folders, in alphabetical order, must be the teacher's classes
-            names, _ = datasets.folder.find_classes(args.val)
-        if len(names) != teacher.num_classes:
-            raise ValueError(f"the teacher has {teacher.num_classes} classes, --val {len(names)}")
-        for name in names:
-            (out / "train" / name).mkdir(parents=True, exist_ok=True)
-    except (AttributeError, KeyError, OSError, RuntimeError, ValueError) as error:
-        common.fail(f"--synthesize: {error}")
-    args.out = args.synthesize
-    new = common.sum_over_processes([not common.open_run(args)], device)[0]  # waits for all
-    if new and common.rank() == 0:  # images of other settings do not mix
-        common.save_checkpoint(out / "last.pth", args=vars(args), log=[])
-    settings = CIFAR if args.image_size <= 64 else {}
-    settings = {**settings, **{name: x for name, x in vars(args).items() if name in CIFAR}}
 
-    mean, std = (torch.tensor(x)[:, None, None] for x in (common.MEAN, common.STD))
-    batches = plan_batches(len(names), args.images_per_class, args.images_per_batch, args.seed)
+    # ---- precision ----
+    args.amp = args.amp or common.best_precision(device)
+    if args.amp == "fp16":
+        args.amp = "off"  # fp16 is too coarse for the gradients of pixels
+    common.describe_run(device, args.amp)
+    autocast = torch.autocast(device.type, common.DTYPES[args.amp], enabled=args.amp != "off")
+
+    # ---- teacher, and the names of its classes ----
+    teacher = load_teacher(args.teacher, args.teacher_weights, num_classes=None).to(device)
+    class_names = [f"{label:03d}" for label in range(teacher.num_classes)]
+    if args.val:
+        # Later --val measures a student: training and validation need folders of the same names
+        try:
+            class_names = common.class_folders(args.val)
+        except OSError as error:
+            raise common.InputError(f"--val {args.val}: {error}") from error
+    if len(class_names) != teacher.num_classes:
+        raise common.InputError(f"the teacher has {teacher.num_classes} classes, --val "
+                                f"{args.val} {len(class_names)}")
+
+    # ---- settings: those of the image size, then the flags that the user gave ----
+    given = {name: value for name, value in vars(args).items()
+             if name in IMAGENET and value is not None}
+    settings = {**(CIFAR if args.image_size <= 64 else IMAGENET), **given}
+    if common.rank() == 0:
+        open_folder(out, args.resume, {**vars(args), **settings}, class_names)
+    if common.world_size() > 1:
+        torch.distributed.barrier()
+
+    # ---- batches ----
+    mean = torch.tensor(common.MEAN)[:, None, None]
+    std = torch.tensor(common.STD)[:, None, None]
+    batches = plan_batches(len(class_names), args.images_per_class, args.images_per_batch,
+                           args.seed)
     for i in range(common.rank(), len(batches), common.world_size()):
-        files = [out / "train" / names[c] / f"{n:05d}.png" for c, n in batches[i]]
+        files = [out / "train" / class_names[label] / f"{number:05d}.png"
+                 for label, number in batches[i]]
         if all(file.exists() for file in files):
             continue
-        started, labels = time.time(), torch.tensor([c for c, _ in batches[i]], device=device)
-        images = synthesize(teacher, labels, args.image_size, seed=hash((args.seed, i)),
-                            autocast=autocast, **settings)
+        start = time.time()
+        labels = torch.tensor([label for label, _ in batches[i]], device=device)
+        images = synthesize(teacher, labels, args.image_size, **settings,
+                            seed=common.seed_of(args.seed, i), autocast=autocast)
         if not images.isfinite().all():
-            common.fail("the images became NaN: try a lower --image-lr, or --amp off")
-        pixels = images.cpu() * std + mean                                  # (B, 3, S, S) in [0, 1]
-        for image, file in [(pixels[:64], out / "preview.png"), *zip(pixels, files)]:
-            save_image(image, out / f"{i}.tmp", format="png")
-            (out / f"{i}.tmp").replace(file)  # whole or not at all
-        common.say(f"batch {i + 1} of {len(batches)}: "
-                   f"{len(files) / (time.time() - started):.3g} images/s")
+            raise common.InputError("the images became NaN: lower --image-lr, or try --amp off")
+
+        pixels = images.cpu() * std + mean                              # (B, 3, S, S), 0 to 1
+        if i == 0:
+            save_whole(pixels[:64], out / "preview.png", out)
+        for image, file in zip(pixels, files):
+            save_whole(image, file, out)
+        seconds = time.time() - start
+        batches_left = (len(batches) - 1 - i) // common.world_size()
+        common.print0(f"batch {i + 1} of {len(batches)}: {len(files) / seconds:.3g} images/s  "
+                      f"left {common.duration(batches_left * seconds)}")
+
+
+def save_whole(pixels, path, folder):
+    """Write a PNG whole or not at all: a kill leaves no half file in a class."""
+    temporary = folder / f"{common.rank()}.tmp"
+    save_image(pixels, temporary, format="png")
+    temporary.replace(path)
 
 
 # ------------------------------------------------------------------ command line
@@ -726,122 +1097,277 @@ def fill_folder(args, device):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=29, width=100))
-    parser.error = common.fail  # one line instead of the usage
+        description=__doc__.split("\n\n")[0], usage="%(prog)s [--flag value ...]",
+        allow_abbrev=False)
+    parser.error = common.fail  # one line, also under torchrun
 
-    group = parser.add_argument_group
-    flag = group("data", "A folder holds train/CLASS/* and val/CLASS/*.").add_argument
-    flag("--data", default="data/imagenet", help="folder, cifar10, cifar100, shapes (%(default)s)")
-    flag("--val", help="another folder of CLASS/* with validation images")
-    flag("--data-fraction", type=float, default=1.0, help="part of each class to use (%(default)s)")
-    flag("--image-size", type=int, default=224, help="side length in pixels (%(default)s)")
-    flag("--workers", type=int, default=common.WORKERS, help="data workers per GPU (%(default)s)")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="data/imagenet",
+                      help="folder that holds train/CLASS/* and val/CLASS/*; or cifar10, cifar100 "
+                           "(downloaded to data/), shapes (drawn in memory) (%(default)s)")
+    data.add_argument("--val", metavar="FOLDER",
+                      help="folder of CLASS/* with the validation images, instead of val/")
+    data.add_argument("--data-fraction", type=common.fraction, default=1.0,
+                      help="share of the training images to use, the same in each class "
+                           "(%(default)s)")
+    data.add_argument("--image-size", type=common.positive_int, default=224,
+                      help="side length in pixels, in training and validation (%(default)s)")
+    data.add_argument("--workers", type=common.non_negative_int, default=common.WORKERS,
+                      help="processes that load images, for each GPU; try more if the progress "
+                           "lines show waiting for data (here %(default)s)")
 
-    flag = group("models", f"Teachers: {', '.join(CNNS)}, a student.pth, none.").add_argument
-    flag("--student", choices=SIZES, default="deit_t", help="the ViT to train (%(default)s)")
-    flag("--init", metavar="FILE", help="student.pth to start from; a head of another size is new")
-    flag("--teacher", default="regnet_y_16gf", help="a name or a path, see above (%(default)s)")
-    flag("--teacher-weights", metavar="FILE", help="file or URL with its weights (torchvision's)")
-    flag("--train-teacher", choices=CNNS, metavar="CNN", help="train it, without MixUp, --accum")
-    flag("--patch-size", type=int, default=16, help="of the student, in pixels (%(default)s)")
-    flag("--mhca-blocks", type=int, default=4, help="how many blocks have MHCA (%(default)s)")
-    flag("--pos-dropout", type=float, default=0.1, help="of MHCA's position term (%(default)s)")
+    nets = parser.add_argument_group("models")
+    nets.add_argument("--student", choices=SIZES, default="deit_t",
+                      help="the ViT to train; micro, of 0.7 million parameters, is for CPUs "
+                           "(%(default)s)")
+    nets.add_argument("--init", metavar="FILE",
+                      help="start from the weights of a student.pth of this script, or of a "
+                           "released DeiT with distillation token; with --train-teacher from "
+                           "those of that CNN, such as torchvision's. Heads for another number of "
+                           "classes are replaced by new ones")
+    nets.add_argument("--teacher", default="regnet_y_16gf",
+                      help=f"{', '.join(CNNS)}; or the path of a student.pth of --train-teacher; "
+                           "or none, to learn from labels alone (%(default)s)")
+    nets.add_argument("--teacher-weights", metavar="FILE",
+                      help="file with the named teacher's weights, instead of a download; cifar_* "
+                           "need it")
+    nets.add_argument("--train-teacher", choices=CNNS, metavar="CNN",
+                      help="train this CNN on the labels: --out/student.pth is then a teacher. "
+                           "Better with --init, because from random weights it needs many images")
+    nets.add_argument("--patch-size", type=common.positive_int, default=16,
+                      help="side length of a patch in pixels (%(default)s)")
+    nets.add_argument("--mhca-blocks", type=common.non_negative_int, default=4,
+                      help="how many of the first blocks have MHCA (%(default)s)")
+    nets.add_argument("--pos-dropout", type=common.fraction, default=0.1,
+                      help="how often MHCA does without its position term (%(default)s)")
 
-    flag = group("loss", "Blocks are numbered from 0, stages of the CNN from 1.").add_argument
-    flag("--stage1-epochs", type=int, help="epochs with the teacher (epochs * 5 / 6)")
-    flag("--hints", default="1:1,3:2", help="block:stage,... or none (%(default)s)")
-    flag("--alpha", type=float, default=0.5, help="weight of the teacher's class (%(default)s)")
-    flag("--beta", type=float, default=10.0, help="weight of the hints (%(default)s)")
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--stage1-epochs", type=common.non_negative_int,
+                      help="epochs with the teacher, before those with labels alone (5/6 of all)")
+    loss.add_argument("--hints", default="1:1,3:2", metavar="BLOCK:STAGE,...",
+                      help="after which block the student learns the map of which stage of the "
+                           "CNN; blocks count from 0, stages from 1; or none (%(default)s)")
+    loss.add_argument("--alpha", type=common.fraction, default=0.5,
+                      help="weight of the teacher's logits; the labels have the rest (%(default)s)")
+    loss.add_argument("--beta", type=common.non_negative, default=10.0,
+                      help="weight of the hints (%(default)s)")
+    loss.add_argument("--soft", type=common.non_negative, metavar="T",
+                      help="both heads learn the teacher's distribution at this temperature, not "
+                           "its class; with --alpha 1 from it alone")
 
-    flag = group("recipe").add_argument
-    flag("--batch-size", type=int, default=1024, help="global batch size (%(default)s)")
-    flag("--accum", type=int, default=1, help="gradient accumulation steps (%(default)s)")
-    flag("--epochs", type=int, default=300, help="passes over the training images (%(default)s)")
-    flag("--lr", type=float, help="peak learning rate (1e-3 * sqrt(batch size / 1024))")
-    flag("--min-lr", type=float, default=1e-5, help="learning rate at the end (%(default)s)")
-    flag("--warmup-epochs", type=float, default=20, help="capped at epochs / 10 (%(default)s)")
-    flag("--weight-decay", type=float, default=0.05, help="AdamW's (%(default)s)")
-    flag("--clip-grad", type=float, default=5.0, help="largest gradient norm, 0: off (%(default)s)")
-    flag("--crop-scale", type=float, default=0.08, help="smallest share of the area (%(default)s)")
-    flag("--label-smoothing", type=float, default=0.1, help="of the cross-entropy (%(default)s)")
-    flag("--mixup", type=float, default=0.8, help="alpha of MixUp, 0: off (%(default)s)")
-    flag("--cutmix", type=float, default=1.0, help="alpha of CutMix, 0: off (%(default)s)")
-    flag("--rand-augment", type=int, default=9, help="magnitude, 0 (off) to 10 (%(default)s)")
-    flag("--random-erasing", type=float, default=0.25, help="probability (%(default)s)")
-    flag("--seed", type=int, default=0, help="weights, order, augmentation (%(default)s)")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--batch-size", type=common.positive_int, default=1024,
+                        help="images per step, of all GPUs together (%(default)s)")
+    recipe.add_argument("--accum", type=common.positive_int, default=1,
+                        help="gradient accumulation: compute a step in this many parts, one after "
+                             "the other; 2, 4, ... if the GPU's memory is full (%(default)s)")
+    recipe.add_argument("--epochs", type=common.positive_int, default=300,
+                        help="passes over the training images (%(default)s)")
+    recipe.add_argument("--lr", type=common.non_negative,
+                        help="peak learning rate (1e-3 * sqrt(batch size / 1024))")
+    recipe.add_argument("--min-lr", type=common.non_negative, default=1e-5,
+                        help="learning rate at the end of the cosine (%(default)s)")
+    recipe.add_argument("--warmup-epochs", type=common.non_negative, default=20,
+                        help="epochs of linear warm-up, at most a tenth of --epochs (%(default)s)")
+    recipe.add_argument("--weight-decay", type=common.non_negative, default=0.05,
+                        help="weight decay of AdamW (%(default)s)")
+    recipe.add_argument("--clip-grad", type=common.non_negative, default=5.0,
+                        help="largest norm of the gradient, 0: no limit (%(default)s)")
+    recipe.add_argument("--drop-path", type=common.fraction,
+                        help="stochastic depth of the last block, 0: off (0.1 for deit_b, else 0)")
+    recipe.add_argument("--ema-decay", type=common.fraction,
+                        help="evaluate and save a moving average of the weights, 0: off (0.99996 "
+                             "for deit_b, else 0)")
+    recipe.add_argument("--crop-scale", type=common.fraction, default=0.08,
+                        help="smallest share of an image's area that a random crop keeps; larger, "
+                             "such as 0.4, for small images (%(default)s)")
+    recipe.add_argument("--label-smoothing", type=common.fraction, default=0.1,
+                        help="label smoothing of the cross-entropy (%(default)s)")
+    recipe.add_argument("--mixup", type=common.non_negative, default=0.8,
+                        help="alpha of MixUp, larger mixes more, 0: off (%(default)s)")
+    recipe.add_argument("--cutmix", type=common.non_negative, default=1.0,
+                        help="alpha of CutMix, larger mixes more, 0: off (%(default)s)")
+    recipe.add_argument("--rand-augment", type=int, choices=range(11), default=9, metavar="0..10",
+                        help="magnitude of RandAugment, 0: off (%(default)s)")
+    recipe.add_argument("--random-erasing", type=common.fraction, default=0.25,
+                        help="probability that a rectangle of an image is erased (%(default)s)")
+    recipe.add_argument("--seed", type=common.non_negative_int, default=0,
+                        help="seed of all random numbers (%(default)s)")
 
-    flag = group("no real images", "Defaults (a; b): a up to 64 px, b above.").add_argument
-    flag("--synthesize", metavar="DIR", help="fill DIR/train; class folders are named as in --val")
-    flag("--images-per-class", type=int, default=100, help="how many to make (%(default)s)")
-    flag("--images-per-batch", type=int, default=128, help="at once, at least 7 (%(default)s)")
-    own = {"default": argparse.SUPPRESS}  # the defaults are those of synthesize()
-    flag("--half-steps", type=int, **own, help="steps at half size (0; 2000)")
-    flag("--steps", type=int, **own, help="steps at full size (2000; 1000)")
-    flag("--image-lr", type=float, **own, help="learning rate of the pixels (0.1; 0.25)")
-    flag("--tv", type=float, **own, help="weight of total variation (2.5e-5; 1e-4)")
-    flag("--bn", type=float, **own, help="weight of BatchNorm's statistics (0.2; 0.01)")
-    flag("--divergence", type=float, **own, help="weight of the intra-divergence loss (1.0)")
+    free = parser.add_argument_group(
+        "no real images", "Defaults (a; b) are a up to 64 px and b above.")
 
-    flag = group("run").add_argument
-    flag("--amp", choices=("bf16", "fp16", "off"), help="precision (the fastest the device has)")
-    flag("--compile", action="store_true", help="torch.compile student and teacher")
-    flag("--out", default="out/dearkd", help="folder for the results (%(default)s)")
-    flag("--resume", action="store_true", help="continue the run in --out, if there is one")
-    flag("--eval-every", type=int, default=1, help="epochs between evaluations (%(default)s)")
-    flag("--demo", action="store_true", help="three small runs; reads only --workers and --seed")
-    flag("--demo-data-free", action="store_true", help="a small CNN, images made from it")
+    def both(name):
+        return f"({CIFAR[name]:g}; {IMAGENET[name]:g})"
+
+    free.add_argument("--synthesize", metavar="DIR",
+                      help="make images from the teacher's weights alone, in DIR/train/CLASS; to "
+                           "continue: --resume. The classes have the names of the folders in "
+                           "--val, or numbers")
+    free.add_argument("--images-per-class", type=common.positive_int, default=100,
+                      help="how many to make (%(default)s)")
+    free.add_argument("--images-per-batch", type=common.positive_int, default=128,
+                      help="how many to make at once, 7 or more (%(default)s)")
+    free.add_argument("--half-steps", type=common.non_negative_int,
+                      help=f"first steps, at half the image size {both('half_steps')}")
+    free.add_argument("--steps", type=common.non_negative_int,
+                      help=f"steps at the full size {both('steps')}")
+    free.add_argument("--image-lr", type=common.non_negative,
+                      help=f"learning rate of the pixels {both('image_lr')}")
+    free.add_argument("--tv", type=common.non_negative,
+                      help=f"weight of total variation; more makes images smoother {both('tv')}")
+    free.add_argument("--bn", type=common.non_negative,
+                      help=f"weight of BatchNorm's statistics {both('bn')}")
+    free.add_argument("--divergence", type=common.non_negative,
+                      help="weight of the intra-divergence loss, 0: DeepInversion "
+                           f"{both('divergence')}")
+
+    run = parser.add_argument_group("run")
+    run.add_argument("--amp", choices=common.DTYPES,
+                     help="precision of matrix products, off: float32 (the fastest that the device "
+                          "computes natively)")
+    run.add_argument("--compile", action="store_true",
+                     help="torch.compile student and teacher: the first step is slow, later ones "
+                          "are faster")
+    run.add_argument("--out", default="out/dearkd",
+                     help="folder for student.pth, last.pth, log.jsonl, args.json (%(default)s)")
+    run.add_argument("--resume", action="store_true",
+                     help="continue the run in --out after its last whole epoch, if there is one")
+    run.add_argument("--eval-every", type=common.positive_int, default=1,
+                     help="epochs between evaluations (%(default)s)")
+    run.add_argument("--log-every", type=common.positive_int, default=50,
+                     help="steps between progress lines (%(default)s)")
+    run.add_argument("--demo", action="store_true",
+                     help="train a CNN and two small ViTs on drawn shapes, without data, download "
+                          "or GPU; reads --workers and --seed, no other flag")
+    run.add_argument("--demo-data-free", action="store_true",
+                     help="train a CNN on drawn shapes, then make images from its weights, see "
+                          "out/demo-*.png; reads --workers and --seed, no other flag")
     args = parser.parse_args(argv)
 
-    if args.train_teacher or args.synthesize:
-        args.patch_size = args.accum = 1  # a CNN has no patches: any --image-size will do
+    is_for_student = not (args.train_teacher or args.synthesize)  # a CNN has no patches
+    if is_for_student and args.image_size % args.patch_size:
+        parser.error(f"--image-size {args.image_size} is no multiple of --patch-size "
+                     f"{args.patch_size}")
+    if args.synthesize and args.teacher == "none":
+        parser.error("--synthesize needs a --teacher")
+    if args.train_teacher and args.accum > 1:
+        parser.error("--train-teacher takes no --accum: BatchNorm needs the whole batch")
+    if args.mhca_blocks > SIZES[args.student]["depth"]:
+        parser.error(f"--mhca-blocks {args.mhca_blocks}: {args.student} has "
+                     f"{SIZES[args.student]['depth']} blocks")
+    if args.images_per_batch < 7:
+        parser.error("--images-per-batch must be 7 or more: up to 7 images of a class stay "
+                     "together")
     if args.stage1_epochs is None:
         args.stage1_epochs = round(args.epochs * 5 / 6)
-    common.check_args(args, {
-        "label_smoothing": (0, 1), "rand_augment": (0, 10), "random_erasing": (0, 1),
-        "alpha": (0, 1), "pos_dropout": (0, 1), "mhca_blocks": (0, SIZES[args.student]["depth"]),
-        "stage1_epochs": (0, args.epochs)})
-    args.lr = args.lr or 1e-3 * math.sqrt(args.batch_size / 1024)
+    if args.stage1_epochs > args.epochs:
+        parser.error(f"--stage1-epochs {args.stage1_epochs} is more than --epochs {args.epochs}")
+    if args.lr is None:
+        args.lr = 1e-3 * math.sqrt(args.batch_size / 1024)
+    if args.drop_path is None:
+        args.drop_path = 0.1 if args.student == "deit_b" else 0.0
+    if args.ema_decay is None:
+        args.ema_decay = 0.99996 if args.student == "deit_b" else 0.0
     return args
 
 
+# The recipe of the demos: no augmentation but crop and flip, which suits ten classes of flat shapes
+DEMO = ("--data shapes --image-size 32 --patch-size 4 --student micro --batch-size 50 --epochs 5 "
+        "--lr 1e-3 --crop-scale 0.5 --label-smoothing 0 --mixup 0 --cutmix 0 --rand-augment 0 "
+        "--random-erasing 0 --eval-every 1000")
+
+
 def demo(args, device):
-    """Train a CNN on shapes, then a student alone and one with DearKD; or, data-free, make images
-    from the CNN without and with L_bp. Print top-1 and how far apart the images of a class are."""
+    """Train a CNN, a student alone and one with DearKD. Print a table of their top-1."""
     if common.world_size() > 1:
-        common.fail("a demo runs in one process, without torchrun")
-    flags = ("--data shapes --image-size 32 --patch-size 4 --student micro --batch-size 50 "
-             "--lr 1e-3 --crop-scale 0.5 --label-smoothing 0 --mixup 0 --cutmix 0 --rand-augment 0 "
-             f"--random-erasing 0 --eval-every 1000 --seed {args.seed} --workers {args.workers} ")
+        raise common.InputError("--demo runs in one process, without torchrun")
+    shared = f"{DEMO} --workers {args.workers} --seed {args.seed}"
     table = []
     with tempfile.TemporaryDirectory() as out:
-        cnn = f"{out}/0/student.pth"
-        rows = [("CNN", train_cnn, "--train-teacher cifar_resnet20 --epochs 5"),
-                ("student alone", train, "--teacher none --mhca-blocks 0 --epochs 5"),
-                ("student, DearKD", train, f"--teacher {cnn} --epochs 5")]
-        for number, (name, run, more) in enumerate(rows[:1] if args.demo_data_free else rows):
-            record = run(parse_args(f"{flags} {more} --out {out}/{number}".split()), device)
+        runs = {
+            "CNN": ["--train-teacher", "cifar_resnet20"],
+            "student alone": ["--teacher", "none", "--mhca-blocks", "0"],
+            "student, DearKD": ["--teacher", f"{out}/CNN/student.pth"],
+        }
+        for name, flags in runs.items():
+            folder = f"{out}/{name.split()[-1]}"
+            common.print0(f"\n{name}: python dearkd.py {shared} {' '.join(flags)} --out {folder}")
+            run_args = parse_args([*shared.split(), *flags, "--out", folder])
+            run = train_cnn if run_args.train_teacher else train
+            record = run(run_args, device)
             table.append(f"{name:24s} top-1 {record['top1']:5.1f} %")
-        teacher, labels = load_teacher(cnn, None, 10).to(device), torch.arange(120) % 10
-    if args.demo_data_free:
-        for name, weight in (("DeepInversion", 0), ("DF-DearKD", 1)):
-            # Few steps, flat shapes: less of BatchNorm, more of total variation than for photos
-            settings = {**CIFAR, "steps": 150, "bn": 0.05, "tv": 0.03, "divergence": weight}
-            images = synthesize(teacher, labels.to(device), 32, seed=args.seed, **settings)
-            with torch.no_grad():
-                maps, logits = teacher.features(images)
-            f = F.normalize(maps[-1].mean((2, 3)), dim=1).cpu()             # (120, 64)
-            apart = torch.cdist(f, f)[labels[:, None] == labels].sum() / (120 * 11)
-            top1 = 100 * (logits.argmax(1).cpu() == labels).float().mean()
-            table.append(f"{name:16s} images: top-1 of the CNN {top1:5.1f} %, distance {apart:.3f}")
-    common.say("\n" + "\n".join(table))
+    common.print0("\n" + "\n".join(table))
+
+
+def demo_data_free(args, device):
+    """Train a CNN, then make images from its weights without and with L_bp. Print what it sees.
+
+    That is the CNN's top-1 on the images, and the mean distance between features of a class.
+    """
+    if common.world_size() > 1:
+        raise common.InputError("--demo-data-free runs in one process, without torchrun")
+    shared = f"{DEMO} --workers {args.workers} --seed {args.seed} --train-teacher cifar_resnet20"
+    # Few steps, and flat shapes: less of BatchNorm, more of total variation than for photos
+    made = ("--image-size 32 --images-per-class 12 --steps 150 --bn 0.05 --tv 0.03 "
+            f"--seed {args.seed}")
+    divergence = {"DeepInversion": "0", "DF-DearKD": "1"}
+    table = []
+    with tempfile.TemporaryDirectory() as out:
+        common.print0(f"\nCNN: python dearkd.py {shared} --out {out}/CNN")
+        record = train_cnn(parse_args([*shared.split(), "--out", f"{out}/CNN"]), device)
+        table.append(f"{'CNN':24s} top-1 {record['top1']:5.1f} %")
+        for name, weight in divergence.items():
+            flags = ["--divergence", weight, "--teacher", f"{out}/CNN/student.pth",
+                     "--synthesize", f"{out}/{name}"]
+            common.print0(f"\n{name}: python dearkd.py {made} {' '.join(flags)}")
+            fill_folder(parse_args([*made.split(), *flags]), device)
+            picture = Path("out") / f"demo-{name}.png"
+            picture.parent.mkdir(exist_ok=True)
+            shutil.copyfile(f"{out}/{name}/preview.png", picture)
+            common.print0(f"64 of its images: {picture}")
+            teacher = load_teacher(f"{out}/CNN/student.pth", None, 10).to(device)
+            top1, distance = judge(f"{out}/{name}/train", teacher, device)
+            table.append(f"{name:16s} images: top-1 of the CNN {top1:5.1f} %, "
+                         f"distance {distance:.3f}")
+    common.print0("\n" + "\n".join(table))
+
+
+@torch.no_grad()
+def judge(folder, teacher, device):
+    """Return (a CNN's top-1 in percent, mean distance of class-mates) for the images in folder.
+
+    Distances are Euclidean, between L2-normalised features before the classifier.
+    """
+    dataset = common.ImageFolder(folder, common.class_folders(folder))
+    labels = torch.tensor(dataset.targets)
+    pixels = torch.stack([v2.functional.pil_to_tensor(image) for image, _ in dataset]) / 255
+    images = v2.functional.normalize(pixels, common.MEAN, common.STD)
+    maps, logits = teacher.features(images.to(device))
+    features = F.normalize(maps[-1].mean((2, 3)), dim=1).cpu()              # (B, D)
+    is_mate = labels[:, None] == labels                                     # (B, B)
+    is_mate.fill_diagonal_(False)
+    distance = torch.cdist(features, features)[is_mate].mean()
+    top1 = 100 * (logits.argmax(1).cpu() == labels).float().mean()
+    return top1.item(), distance.item()
 
 
 def main(argv=None):
-    args, device = parse_args(argv), common.init_processes()
-    run = (demo if args.demo or args.demo_data_free else fill_folder if args.synthesize else
-           train_cnn if args.train_teacher else train)
-    run(args, device)
+    args = parse_args(argv)
+    device = common.init_processes()
+    try:
+        if args.demo:
+            demo(args, device)
+        elif args.demo_data_free:
+            demo_data_free(args, device)
+        elif args.synthesize:
+            fill_folder(args, device)
+        elif args.train_teacher:
+            train_cnn(args, device)
+        else:
+            train(args, device)
+    except common.InputError as error:
+        common.fail(error)
     if common.world_size() > 1:
         torch.distributed.destroy_process_group()
 

@@ -3,8 +3,8 @@
 The feature of an image is the ViT's class token after the final norm. Two classifiers read it:
   - weighted k-NN (the protocol of DINO, arXiv 2104.14294, section 4.1): the k training images most
     similar by cosine vote for their class, each with weight exp(similarity / 0.07);
-  - with --linear, softmax regression, its learning rate chosen on a held-out tenth of the training
-    features. The validation images only measure the result.
+  - with --linear, softmax regression. Its learning rate is chosen on a tenth of the training
+    features that training does not see. The validation images only measure the result.
 
     python eval_knn.py --weights out/attndistill/student.pth --data data/imagenet
     torchrun --nproc_per_node 8 eval_knn.py --arch dino_s16 --data data/imagenet --linear
@@ -21,9 +21,12 @@ from tqdm import tqdm
 
 import common
 
-KS = (10, 20, 100, 200)
-WORKSPACE = 2**28  # numbers that knn_predict holds at once: 1 GiB
-RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # learning rates of the linear probe
+KS = (10, 20, 100, 200)  # DINO's numbers of neighbours
+RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # learning rates of the linear probe, of which one is chosen
+
+# Numbers of 4 bytes that a chunk of test images may take in knn_predict: 1 GiB. Larger chunks are
+# not faster.
+WORKSPACE = 2**28
 
 # ------------------------------------------------------------------ k-NN
 
@@ -36,22 +39,28 @@ def knn_predict(train_features, train_labels, test_features, ks=KS, temperature=
     train_features (N, D), test_features (N_test, D): of any float type, normalised here.
     train_labels (N,). A k above N takes all N. Needs about 1.5 GiB beside the features.
     """
-    N, device = len(train_features), train_features.device
+    N = len(train_features)
+    device = train_features.device
     num_classes = num_classes or int(train_labels.max()) + 1
-    most = min(max(ks), N)
-    # Test images in chunks: each takes N similarities, `most` neighbours and C scores
-    rows = max(1, WORKSPACE // (N + 12 * most + 4 * num_classes))
+    most = min(max(ks), N)  # the neighbours of the largest k contain those of the others
+
+    # Each test image takes N similarities, 12 numbers for a neighbour (index, label and vote have 8
+    # bytes each, and some are copied), and 4 for a class (its score and a copy)
+    chunk = max(1, WORKSPACE // (N + 12 * most + 4 * num_classes))
     predictions = {k: [] for k in ks}
-    for test in test_features.split(rows):
+    for test in test_features.split(chunk):
         test = F.normalize(test.float(), dim=1)                             # (n, D)
         similarity = torch.empty(len(test), N, device=device)
         for start in range(0, N, 2**16):  # few training features at a time become float32
             part = slice(start, start + 2**16)
             train = F.normalize(train_features[part].float(), dim=1)
             torch.mm(test, train.T, out=similarity[:, part])
-        similarity, neighbour = similarity.topk(most, dim=1)                # (n, most), best first
-        votes = ((similarity - similarity[:, :1]).double() / temperature).exp()  # of the best: 1
-        labels = train_labels[neighbour]
+        similarity, neighbours = similarity.topk(most, dim=1)               # (n, most), best first
+
+        # Relative to the best neighbour, whose vote is 1: exp(1 / temperature) may overflow. In
+        # double precision, so that the order in which votes are added does not matter.
+        votes = ((similarity - similarity[:, :1]).double() / temperature).exp()
+        labels = train_labels[neighbours]                                   # (n, most)
         for k, parts in predictions.items():
             scores = torch.zeros(len(test), num_classes, dtype=torch.float64, device=device)
             scores.scatter_add_(1, labels[:, :k], votes[:, :k])             # (n, C)
@@ -61,17 +70,27 @@ def knn_predict(train_features, train_labels, test_features, ks=KS, temperature=
 
 def accuracy(classes, labels):
     """Return (top-1, top-5) in percent over all processes. classes: (n, min(5, C)), best first."""
-    hits = classes == labels[:, None]
+    hits = classes == labels[:, None]                                       # (n, min(5, C))
     counts = [hits[:, 0].sum().item(), hits.sum().item(), len(labels)]
     top1, top5, count = common.sum_over_processes(counts, labels.device)
+    if count == 0:
+        raise common.InputError("no validation image can be read")
     return 100 * top1 / count, 100 * top5 / count
 
 
 def knn_accuracy(train, test, num_classes, ks=KS):
-    """Return {k: (top-1, top-5) in percent}. train: (features, labels) of all images, test: of the
-    images of this process."""
-    predictions = knn_predict(*train, test[0], ks, num_classes=num_classes)
-    return {k: accuracy(classes, test[1]) for k, classes in predictions.items()}
+    """Return {k: (top-1, top-5) in percent}.
+
+    train: (features, labels) of all training images. test: the same of this process's share of
+    the validation images.
+    """
+    train_features, train_labels = train
+    test_features, test_labels = test
+    if len(train_labels) == 0:
+        raise common.InputError("no training image can be read")
+    predictions = knn_predict(train_features, train_labels, test_features, ks,
+                              num_classes=num_classes)
+    return {k: accuracy(classes, test_labels) for k, classes in predictions.items()}
 
 
 # ------------------------------------------------------------------ linear probe
@@ -82,14 +101,15 @@ def train_linear(features, labels, num_classes, lr, epochs=30, batch_size=1024):
 
     features (N, D), labels (N,). SGD with momentum 0.9, cosine to 0, no weight decay.
     """
-    std, mean = torch.std_mean(features[:50_000].float(), dim=0, correction=0)
+    sample = features[:50_000].float()  # enough for mean and deviation
+    std, mean = torch.std_mean(sample, dim=0, correction=0)                 # (D,) each
     weight = features.new_zeros(num_classes, features.shape[1]).float().requires_grad_()
     bias = features.new_zeros(num_classes).float().requires_grad_()
 
-    def predict(x):
+    def logits_of(x):
         return F.linear((x.float() - mean) / (std + 1e-6), weight, bias)    # (n, C)
 
-    steps = math.ceil(len(features) / batch_size)  # batches differ by one image at most
+    steps = math.ceil(len(features) / batch_size)  # the sizes of batches differ by 1 at most
     optimizer = torch.optim.SGD([weight, bias], lr, momentum=0.9)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * steps)
     generator = torch.Generator().manual_seed(0)
@@ -97,120 +117,191 @@ def train_linear(features, labels, num_classes, lr, epochs=30, batch_size=1024):
         order = torch.randperm(len(features), generator=generator).to(features.device)
         for batch in order.tensor_split(steps):
             optimizer.zero_grad()
-            F.cross_entropy(predict(features[batch]), labels[batch]).backward()
+            F.cross_entropy(logits_of(features[batch]), labels[batch]).backward()
             optimizer.step()
             schedule.step()
-    return torch.no_grad()(predict)  # predict, made to run without gradients
+    return torch.no_grad()(logits_of)
 
 
 def linear_probe(train, test, num_classes):
-    """Return (top-1, top-5, learning rate, held-out top-1), accuracies in percent. train, test: as
-    for knn_accuracy, the training images in random order."""
+    """Return (top-1, top-5, learning rate, held-out top-1), accuracies in percent.
+
+    train, test: as for knn_accuracy, the training images in random order.
+    """
     features, labels = train
-    held_out, top1 = torch.arange(len(labels), device=labels.device) % 10 == 0, {}
+    test_features, test_labels = test
+    held_out = torch.arange(len(labels), device=labels.device) % 10 == 0    # (N,)
+    held_out_top1 = {}
     for lr in RATES:
-        predict = train_linear(features[~held_out], labels[~held_out], num_classes, lr)
-        right = predict(features[held_out]).argmax(1) == labels[held_out]
-        top1[lr] = 100 * right.float().mean().item()
-    best = max(top1, key=top1.get)
-    logits = train_linear(features, labels, num_classes, best)(test[0])
-    classes = logits.topk(min(5, num_classes), dim=1).indices
-    return *accuracy(classes, test[1]), best, top1[best]
+        logits_of = train_linear(features[~held_out], labels[~held_out], num_classes, lr)
+        correct = logits_of(features[held_out]).argmax(1) == labels[held_out]
+        held_out_top1[lr] = 100 * correct.float().mean().item()
+    best_lr = max(held_out_top1, key=held_out_top1.get)
+
+    logits_of = train_linear(features, labels, num_classes, best_lr)
+    classes = logits_of(test_features).topk(min(5, num_classes), dim=1).indices
+    top1, top5 = accuracy(classes, test_labels)
+    return top1, top5, best_lr, held_out_top1[best_lr]
 
 
 # ------------------------------------------------------------------ features
 
 
 @torch.no_grad()
-def extract_features(model, dataset, args, device, autocast, gather):
-    """Return (features (n, D) in float16, labels (n,)) in random order: this process's share of the
-    images, or if gather all of them."""
+def extract_features(model, dataset, batch_size, workers, device, autocast, gather):
+    """Return (features (n, D) in float16, labels (n,)), without images that cannot be read.
+
+    They are those of this process's share of the images, or if gather those of all images.
+    batch_size: images per forward pass in each process.
+    """
     model.eval()
-    loader = common.make_loader(dataset, args, train=False)
-    rows, done = math.ceil(len(dataset) / common.world_size()), 0
-    features = torch.zeros(rows, model.cls_token.shape[-1], dtype=torch.float16, device=device)
-    labels = torch.full((rows,), -1, device=device)  # shares differ by one image: -1 fills up
-    for images, target in tqdm(loader, "features", leave=False, disable=common.rank() > 0 or None):
-        with autocast():
-            features[done:done + len(images)] = model(images.to(device, non_blocking=True)).half()
-        labels[done:done + len(images)] = target.to(device)
-        done += len(images)
-    features.nan_to_num_(0, 0, 0)  # in k-NN one NaN would spoil the votes of all images
+    loader = common.val_loader(dataset, batch_size, workers)
+    # Half precision: 1.28 million features of width 384 take 1 GB
+    longest_share = math.ceil(len(dataset) / common.world_size())
+    features = torch.zeros(longest_share, model.cls_token.shape[2], dtype=torch.float16,
+                           device=device)
+    labels = torch.full((longest_share,), -1, device=device)
+    hidden = None if common.rank() == 0 else True  # None: shown on a terminal only
+    start = 0
+    for images, target in tqdm(loader, "features", leave=False, disable=hidden):
+        end = start + len(images)
+        with autocast:
+            features[start:end] = model(images.to(device, non_blocking=True)).half()
+        labels[start:end] = target.to(device)
+        start = end
+    features.nan_to_num_(0, 0, 0)  # a single NaN would spoil the votes of all images
+
     if gather and common.world_size() > 1:
-        shares = [(x.new_empty(common.world_size(), *x.shape), x) for x in (features, labels)]
-        for whole, share in shares:
-            dist.all_gather(list(whole), share)
-        features, labels = (whole.flatten(0, 1) for whole, _ in shares)
+        all_features = features.new_empty(common.world_size() * longest_share, features.shape[1])
+        all_labels = labels.new_empty(common.world_size() * longest_share)
+        dist.all_gather_into_tensor(all_features, features)
+        dist.all_gather_into_tensor(all_labels, labels)
+        # Process r of W loaded images r, r + W, r + 2W, ...: back to the order of the data set
+        features = all_features.view(common.world_size(), longest_share, -1).transpose(0, 1)
+        features = features.flatten(0, 1)
+        labels = all_labels.view(common.world_size(), longest_share).T.flatten()
+    # -1: a bad image, or the end of a share, because shares differ by one image
     return features[labels >= 0], labels[labels >= 0]
 
 
-def evaluate(model, train_set, test_set, num_classes, args, device, autocast, ks=KS):
+def evaluate(model, train_set, test_set, num_classes, batch_size, workers, device, autocast, ks=KS):
     """Return {k: (top-1, top-5) in percent} of weighted k-NN on the features of a model."""
-    train = extract_features(model, train_set, args, device, autocast, gather=True)
-    test = extract_features(model, test_set, args, device, autocast, gather=False)
+    train = extract_features(model, train_set, batch_size, workers, device, autocast, gather=True)
+    test = extract_features(model, test_set, batch_size, workers, device, autocast, gather=False)
     return knn_accuracy(train, test, num_classes, ks)
 
 
 # ------------------------------------------------------------------ command line
 
 
-def load_model(args):
-    """Return a frozen ViT without head: of a student.pth, or with --arch a teacher's."""
-    if args.arch:
-        args.image_size = args.image_size or 224
+def load_model(weights, arch, image_size):
+    """Return (a frozen ViT without head, its image size).
+
+    Without `arch`, weights is a student.pth of attndistill.py, vitkd.py or dearkd.py. With it, the
+    ViT is the teacher of this name in attndistill.py.
+    """
+    if arch:
         import attndistill
-        return attndistill.load_teacher(args.arch, args.weights, args.image_size)
-    saved = common.load_checkpoint(args.weights) if args.weights else {}
-    if saved.get("script") not in ("attndistill", "vitkd", "dearkd"):
-        raise ValueError(f"{args.weights} is no student.pth; released weights need --arch")
-    script, arch = importlib.import_module(saved["script"]), saved["arch"]
-    args.image_size = args.image_size or arch["image_size"]
-    model = script.ViT(**{**arch, "image_size": args.image_size, "num_classes": 0})
-    script.load_weights(model, {k: v for k, v in saved["model"].items() if "head" not in k})
-    return model.requires_grad_(False).eval()
+        image_size = image_size or 224
+        return attndistill.load_teacher(arch, weights, image_size), image_size
+
+    if not weights:
+        raise common.InputError("give a student.pth as --weights, or the name of a released ViT as "
+                                "--arch")
+    saved = common.load_checkpoint(weights)
+    name = saved.get("script") if isinstance(saved, dict) else None
+    if name not in ("attndistill", "vitkd", "dearkd"):
+        raise common.InputError(f"{weights} is no student.pth. For a released ViT name it, too: "
+                                "--arch dino_s16, for example")
+    script = importlib.import_module(name)
+    image_size = image_size or saved["arch"]["image_size"]
+    patch_size = saved["arch"]["patch_size"]
+    if image_size % patch_size:
+        raise common.InputError(f"--image-size {image_size} is no multiple of the patch size "
+                                f"{patch_size}")
+    model = script.ViT(**{**saved["arch"], "image_size": image_size, "num_classes": 0})
+    without_head = {name: tensor for name, tensor in saved["model"].items() if "head" not in name}
+    script.load_weights(model, without_head, weights)
+    return model.requires_grad_(False).eval(), image_size
+
+
+def run(args, device):
+    """Print the accuracies of a ViT's features."""
+    model, image_size = load_model(args.weights, args.arch, args.image_size)
+    model.to(device)
+    args.amp = args.amp or common.best_precision(device)
+    common.describe_run(device, args.amp)
+    common.choose_attention_kernel(device, args.amp)
+    autocast = torch.autocast(device.type, common.DTYPES[args.amp], enabled=args.amp != "off")
+
+    train_images, val_images = common.load_data(args.data, args.val, image_size)
+    num_classes = len(train_images.classes)
+    transform = common.val_transform(image_size)
+    indices = common.class_balanced_subset(train_images.targets, args.data_fraction)
+    # The linear probe holds out every tenth image: in random order these are of all classes
+    indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
+    train_set = common.Images(train_images, indices, transform, replace_unreadable=False)
+    test_set = common.Images(val_images, range(len(val_images)), transform,
+                             replace_unreadable=False)
+    common.print_counts(train_set, test_set)
+
+    batch_size = max(1, args.batch_size // common.world_size())
+    train = extract_features(model, train_set, batch_size, args.workers, device, autocast,
+                             gather=True)
+    test = extract_features(model, test_set, batch_size, args.workers, device, autocast,
+                            gather=False)
+    common.print0(f"features of width {train[0].shape[1]}")
+    for k, (top1, top5) in knn_accuracy(train, test, num_classes).items():
+        common.print0(f"k-NN, k = {k:<4d} top-1 {top1:6.2f} %  top-5 {top5:6.2f} %")
+    if args.linear:
+        top1, top5, lr, held_out_top1 = linear_probe(train, test, num_classes)
+        common.print0(f"linear probe  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %  (rate {lr:g}, "
+                      f"chosen by top-1 {held_out_top1:.2f} % on held-out training images)")
 
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=29, width=100))
-    parser.error = common.fail  # one line instead of the usage
+        description=__doc__.split("\n\n")[0], usage="%(prog)s [--flag value ...]",
+        allow_abbrev=False)
+    parser.error = common.fail  # one line, also under torchrun
 
-    flag = parser.add_argument
-    flag("--weights", metavar="FILE", help="student.pth of a script; with --arch a released file")
-    flag("--arch", help="a teacher's name in attndistill.py; some are downloaded without --weights")
-    flag("--data", default="data/imagenet", help="folder, cifar10, cifar100, shapes (%(default)s)")
-    flag("--val", help="another folder of CLASS/* with validation images")
-    flag("--data-fraction", type=float, default=1.0, help="part of each class (%(default)s)")
-    flag("--image-size", type=int, help="in pixels (the weights' own; with --arch 224)")
-    flag("--workers", type=int, default=common.WORKERS, help="data workers per GPU (%(default)s)")
-    flag("--batch-size", type=int, default=256, help="images per forward pass in all (%(default)s)")
-    flag("--linear", action="store_true", help="softmax regression on the features, too")
-    flag("--amp", choices=("bf16", "fp16", "off"), help="precision (the fastest the device has)")
-    parser.set_defaults(accum=1, seed=0)
+    parser.add_argument("--weights", metavar="FILE",
+                        help="the ViT to evaluate: a student.pth of attndistill.py, vitkd.py or "
+                             "dearkd.py; or a file of released weights, with its --arch")
+    parser.add_argument("--arch", metavar="NAME",
+                        help="name of a released ViT, a teacher of attndistill.py such as "
+                             "dinov2_s14; dino_* and dinov2_* are downloaded without --weights")
+    parser.add_argument("--data", default="data/imagenet",
+                        help="folder that holds train/CLASS/* and val/CLASS/*; or cifar10, "
+                             "cifar100 (downloaded to data/), shapes (drawn in memory) "
+                             "(%(default)s)")
+    parser.add_argument("--val", metavar="FOLDER",
+                        help="folder of CLASS/* with the validation images, instead of val/")
+    parser.add_argument("--data-fraction", type=common.fraction, default=1.0,
+                        help="share of the training images to use, the same in each class "
+                             "(%(default)s)")
+    parser.add_argument("--image-size", type=common.positive_int,
+                        help="side length in pixels (that of the student; 224 for a released ViT)")
+    parser.add_argument("--workers", type=common.non_negative_int, default=common.WORKERS,
+                        help="processes that load images, for each GPU (here %(default)s)")
+    parser.add_argument("--batch-size", type=common.positive_int, default=256,
+                        help="images per forward pass, of all GPUs together; lower it if the GPU's "
+                             "memory is full (%(default)s)")
+    parser.add_argument("--linear", action="store_true",
+                        help="train softmax regression on the features, too")
+    parser.add_argument("--amp", choices=common.DTYPES,
+                        help="precision of matrix products, off: float32 (the fastest that the "
+                             "device computes natively)")
     return parser.parse_args(argv)
 
 
 def main(argv=None):
-    args, device = parse_args(argv), common.init_processes()
+    args = parse_args(argv)
+    device = common.init_processes()
     try:
-        model = load_model(args).to(device)
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        common.fail(f"--weights or --arch: {error}")
-    args.patch_size = model.patch_embed["proj"].kernel_size[0]
-    common.check_args(args, {})
-    train_set, test_set, num_classes = common.load_data(args, common.val_transform(args.image_size))
-    autocast, _ = common.precision(args, device)
-    train = extract_features(model, train_set, args, device, autocast, gather=True)
-    test = extract_features(model, test_set, args, device, autocast, gather=False)
-    common.say(f"{len(train_set)} training and {len(test_set)} validation images of {num_classes} "
-               f"classes, features of width {train[0].shape[1]}")
-    for k, (top1, top5) in knn_accuracy(train, test, num_classes).items():
-        common.say(f"k-NN, k = {k:<4d} top-1 {top1:6.2f} %  top-5 {top5:6.2f} %")
-    if args.linear:
-        top1, top5, lr, held_out = linear_probe(train, test, num_classes)
-        common.say(f"linear probe  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %  (rate {lr:g}, "
-                   f"chosen by top-1 {held_out:.2f} % on held-out training images)")
+        run(args, device)
+    except common.InputError as error:
+        common.fail(error)
     if common.world_size() > 1:
         dist.destroy_process_group()
 

@@ -2,7 +2,9 @@
 
 Yang et al., "ViTKD: Practical Guidelines for ViT Feature Knowledge Distillation", arXiv 2209.02432,
 with NKD, the logit loss of Yang et al., arXiv 2303.13005. Formulas, constants and recipe are the
-authors' (papers, released code). Ours: torchvision's RandAugment; scaling to other sizes and steps.
+authors' (papers and released code). Ours: alpha and beta scaled to other numbers of tokens and
+widths, the learning rate scaled by the root of the batch size, a warm-up of at most a tenth of the
+run, steps without finite gradients skipped, RandAugment without SolarizeAdd (torchvision has none).
 
 The first blocks of teacher and student have similar attention maps, the last do not. Therefore
   - shallow (after blocks 0 and 1): the student MIMICS the teacher's patch tokens;
@@ -10,17 +12,17 @@ The first blocks of teacher and student have similar attention maps, the last do
     convolutional network must GENERATE the teacher's tokens there from the other half;
   - logits: NKD separates the target class from the distribution over the other classes.
 
-DeiT-T <- DeiT III-S on ImageNet-1k, 74.42 -> 77.78 % top-1 (paper), and a demo for a laptop:
+DeiT-T distilled from DeiT III-S on ImageNet-1k, and a demo for a laptop:
     torchrun --nproc_per_node 8 vitkd.py --data data/imagenet --teacher deit3_s --student deit_t
     python vitkd.py --demo
-Measured: in the demo, ViTKD + NKD adds 18.7 points of top-1 (27.5 -> 46.2 %, deviation 1.0, seeds
-0 to 4; one AMD EPYC core, bf16, 2026-11-25; tests/evidence/demo_vitkd.log).
+Top-1 of DeiT-T (paper): 74.42 % alone, 76.06 % with ViTKD, 77.78 % with ViTKD and NKD.
+Measured: in the demo, ViTKD + NKD adds 18.7 points of top-1 (27.5 -> 46.2 %, deviation of the gain
+1.0, seeds 0 to 4; one AMD EPYC core, bf16, 2026-11-25; tests/evidence/README.md).
 """
 
 import argparse
 import math
 import tempfile
-import time
 from collections import OrderedDict, defaultdict
 from pathlib import Path
 
@@ -28,10 +30,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel as DDP
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.ops import StochasticDepth
 from torchvision.transforms import v2
-from tqdm import tqdm
 
 import common
 
@@ -44,15 +44,28 @@ class ViTKDLoss(nn.Module):
     forward(student_shallow, student_deep, teacher_shallow, teacher_deep) -> (L_m, L_g), scalars:
         shallow: list of two (B, N, D_s or D_t), patch tokens after blocks 0 and 1
         deep: (B, N, D_s or D_t), patch tokens after the final norm; N must be a square
-    Both are sums over N * D_t, means over B: alpha and beta are for N = 196 and the paper's D_t.
+    Leave the class token out, and run the teacher under torch.no_grad(). Add both terms to the
+    cross-entropy. This module has parameters: train them with the student, then drop them.
+
+    Both terms are sums over N * D_t and means over B. alpha and beta are the paper's, for N = 196
+    and its teachers' D_ref (384 for DeiT-T, 768 for S, 1024 for B). For other sizes multiply both
+    by 196 * D_ref / (N * D_t). mask_ratio is the paper's lambda. What is masked are the student's
+    output tokens; its input stays whole.
     """
 
     def __init__(self, student_dim, teacher_dim, alpha=3e-5, beta=3e-6, mask_ratio=0.5):
         super().__init__()
-        self.alpha, self.beta, self.mask_ratio = alpha, beta, mask_ratio
-        align = nn.Identity if student_dim == teacher_dim else nn.Linear  # A. Identity: no sizes
-        self.align_shallow = nn.ModuleList(align(student_dim, teacher_dim) for _ in range(2))
-        self.align_deep = align(student_dim, teacher_dim)
+        self.alpha = alpha
+        self.beta = beta
+        self.mask_ratio = mask_ratio
+
+        def align():  # from the student's width to the teacher's
+            if student_dim == teacher_dim:
+                return nn.Identity()
+            return nn.Linear(student_dim, teacher_dim)
+
+        self.align_shallow = nn.ModuleList([align(), align()])
+        self.align_deep = align()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, teacher_dim))
         self.generator = nn.Sequential(
             nn.Conv2d(teacher_dim, teacher_dim, 3, padding=1), nn.ReLU(),
@@ -65,9 +78,10 @@ class ViTKDLoss(nn.Module):
             raise ValueError(f"{N} and {teacher_deep.shape[1]} patch tokens: no common square grid")
 
         # L_m = alpha/B * sum over blocks i = 0, 1 of || A_i(F_i^s) - F_i^t ||^2
-        mimicking = self.alpha / B * sum(
-            (align(s).float() - t.float()).square().sum()
-            for align, s, t in zip(self.align_shallow, student_shallow, teacher_shallow))
+        mimicking = 0
+        for align, s, t in zip(self.align_shallow, student_shallow, teacher_shallow):
+            mimicking = mimicking + (align(s).float() - t.float()).square().sum()
+        mimicking = self.alpha / B * mimicking
 
         # L_g = beta/(lambda*B) * || M * (G(x) - F_L^t) ||^2,  x = A(F_L^s) with tokens masked out
         mask = random_mask(B, N, self.mask_ratio, student_deep.device)[..., None]   # (B, N, 1)
@@ -76,14 +90,17 @@ class ViTKDLoss(nn.Module):
         x = self.generator(x.reshape(B, g, g, -1).permute(0, 3, 1, 2))              # (B, D_t, g, g)
         x = x.permute(0, 2, 3, 1).reshape(B, N, -1)                                 # (B, N, D_t)
         generation = (mask * (x.float() - teacher_deep.float())).square().sum()
-        return mimicking, self.beta / (self.mask_ratio * B) * generation
+        generation = self.beta / (self.mask_ratio * B) * generation
+        return mimicking, generation
 
 
 def random_mask(batch_size, num_tokens, mask_ratio, device=None):
     """Return (B, N) bool, True = masked: N - floor(N * (1 - mask_ratio)) tokens of each image."""
-    masked = num_tokens - math.floor(num_tokens * (1 - mask_ratio) + 1e-9)  # 1e-9: for rounding
-    permutation = torch.rand(batch_size, num_tokens, device=device).argsort(dim=1)
-    return permutation < masked
+    # 10 * (1 - 0.9) is 0.9999... in floating point: 1e-9 makes it a whole 1 again
+    num_visible = math.floor(num_tokens * (1 - mask_ratio) + 1e-9)
+    # Sorting noise gives each token a number of its own, from 0 to N-1. The lowest are masked.
+    numbers = torch.rand(batch_size, num_tokens, device=device).argsort(dim=1)
+    return numbers < num_tokens - num_visible
 
 
 def nkd_loss(student_logits, teacher_logits, target, gamma=1.0, temperature=1.0):
@@ -92,16 +109,24 @@ def nkd_loss(student_logits, teacher_logits, target, gamma=1.0, temperature=1.0)
     logits: (B, C). target: (B,) classes, or (B, C) mixed labels, where the largest is the target.
     The defaults are those used beside ViTKD; NKD alone takes gamma 1.5 on ImageNet.
     """
-    student, teacher = student_logits.float(), teacher_logits.float()
-    target = (target.argmax(1) if target.ndim == 2 else target)[:, None]            # (B, 1)
+    student = student_logits.float()
+    teacher = teacher_logits.float()
+    if target.ndim == 2:
+        target = target.argmax(1)
+    target = target[:, None]                                                        # (B, 1)
 
     # - p_t(y) log p_s(y)
     p_t = teacher.softmax(1).gather(1, target)
-    target_term = -p_t * student.log_softmax(1).gather(1, target)                   # (B, 1)
+    log_p_s = student.log_softmax(1).gather(1, target)
+    target_term = -p_t * log_p_s                                                    # (B, 1)
 
     # - gamma tau^2 * sum_{i != y} n_t(i) log n_s(i), n = softmax over the other logits / tau
-    without_target = lambda x: (x / temperature).scatter(1, target, -1e30)  # its softmax becomes 0
-    n_t, log_n_s = without_target(teacher).softmax(1), without_target(student).log_softmax(1)
+    def others(logits):
+        # exp(-1e30) is 0, so the target leaves the softmax. With -inf, n * log n would be NaN.
+        return (logits / temperature).scatter(1, target, -1e30)
+
+    n_t = others(teacher).softmax(1)
+    log_n_s = others(student).log_softmax(1)
     other_term = -(n_t * log_n_s).sum(1, keepdim=True)                              # (B, 1)
     return (target_term + gamma * temperature**2 * other_term).mean()
 
@@ -185,207 +210,375 @@ class ViT(nn.Module):
         return self.features(images)[2]
 
 
-def load_weights(vit, state):
-    """Load a state dict into a ViT, strictly; resize the position embedding to its image size."""
-    position = state.get("pos_embed", vit.pos_embed)                        # (1, 1+N, D)
-    if math.isqrt(position.shape[1]) ** 2 == position.shape[1]:
-        position = F.pad(position, (0, 0, 1, 0))  # DeiT III has none for the class token: zeros
-    old, grid = (math.isqrt(p.shape[1]) for p in (position, vit.pos_embed))
-    if position.shape[1] == 1 + old * old:  # else it is another model's: torch names the keys
-        patches = position[:, 1:].unflatten(1, (old, old)).permute(0, 3, 1, 2)  # (1, D, old, old)
-        patches = F.interpolate(patches, (grid, grid), mode="bicubic").flatten(2).transpose(1, 2)
-        position = torch.cat([position[:, :1], patches], 1)                 # (1, 1+grid*grid, D)
-    vit.load_state_dict({**state, "pos_embed": position} if "pos_embed" in state else state)
+# ------------------------------------------------------------------ weights from other ViTs
+
+
+def fold_layer_scale(weights):
+    """Multiply LayerScale into the layer before it: gamma * (W x + b) = (gamma W) x + gamma b.
+
+    So a plain ViT computes what DeiT III (gamma_1, gamma_2) or DINOv2 (ls1.gamma) computes.
+    """
+    folded = dict(weights)
+    for name, gamma in weights.items():                                     # gamma: (D,)
+        block = ".".join(name.split(".")[:2])                               # "blocks.0"
+        if name.endswith((".gamma_1", ".ls1.gamma")):
+            layer = f"{block}.attn.proj"
+        elif name.endswith((".gamma_2", ".ls2.gamma")):
+            layer = f"{block}.mlp.fc2"
+        else:
+            continue
+        weight = weights.get(f"{layer}.weight")                             # (D, D_in)
+        bias = weights.get(f"{layer}.bias")                                 # (D,)
+        if weight is None or bias is None or bias.shape != gamma.shape:
+            continue  # another model: load_strictly will say so
+        folded[f"{layer}.weight"] = gamma[:, None] * weight
+        folded[f"{layer}.bias"] = gamma * bias
+        del folded[name]
+    return folded
+
+
+def fold_normalization(weights, mean, std):
+    """Let a ViT made for (pixel - mean) / std take images normalised by common.MEAN and STD.
+
+    Such an image x becomes (x * STD + MEAN - mean) / std. This is linear in x, and so is the first
+    layer, a convolution without padding. Therefore its weight and bias can do it.
+    """
+    scale = torch.tensor(common.STD) / torch.tensor(std)                    # (3,)
+    shift = (torch.tensor(common.MEAN) - torch.tensor(mean)) / torch.tensor(std)
+    weight = weights["patch_embed.proj.weight"]                             # (D, 3, P, P)
+    bias = weights["patch_embed.proj.bias"]                                 # (D,)
+    return {
+        **weights,
+        "patch_embed.proj.weight": weight * scale[:, None, None],
+        "patch_embed.proj.bias": bias + weight.sum((2, 3)) @ shift,
+    }
+
+
+def resize_position(pos_embed, grid):
+    """Resize a position embedding (1, P + g*g, D) to (1, P + grid*grid, D), bicubically.
+
+    P = 1: the first row belongs to the class token and stays. P = 0 in DeiT III, which adds no
+    position to the class token: then a row of zeros is put in front.
+    """
+    g = math.isqrt(pos_embed.shape[1])  # the root of 1 + g*g rounds down to g
+    class_token, patches = pos_embed.tensor_split([pos_embed.shape[1] - g**2], dim=1)
+    if class_token.shape[1] == 0:
+        class_token = torch.zeros_like(patches[:, :1])
+    if g != grid:
+        patches = patches.unflatten(1, (g, g)).permute(0, 3, 1, 2)          # (1, D, g, g)
+        patches = F.interpolate(patches, (grid, grid), mode="bicubic")
+        patches = patches.flatten(2).transpose(1, 2)                        # (1, grid*grid, D)
+    return torch.cat([class_token, patches], 1)
+
+
+def load_weights(vit, weights, source):
+    """Load weights strictly, after resizing their position embedding to the ViT's image size."""
+    position = weights.get("pos_embed", torch.empty(0))
+    if position.ndim == 3 and position.shape[1] > 1:  # else load_strictly will refuse it
+        grid = math.isqrt(vit.pos_embed.shape[1])  # of 1 + grid*grid rows
+        weights = {**weights, "pos_embed": resize_position(position, grid)}
+    common.load_strictly(vit, weights, source)
+
+
+def load_init(student, path):
+    """Start a student from a file of ViT weights. A head of another class count stays new."""
+    weights = fold_layer_scale(common.read_weights(path))
+    # Left out: parts of self-supervised training (DINOv2, iBOT, MAE's decoder)
+    unused = ("mask_token", "masked_embed", "decoder_")
+    weights = {name: x for name, x in weights.items() if not name.startswith(unused)}
+    head = student.head.state_dict(prefix="head.")
+    if "head.bias" not in weights or weights["head.bias"].shape != head["head.bias"].shape:
+        weights = {name: x for name, x in weights.items() if not name.startswith("head.")}
+        weights.update(head)
+        common.print0(f"{path}: the head is new")
+    load_weights(student, weights, path)
 
 
 # ------------------------------------------------------------------ the teacher
 
-TEACHERS = {  # name: (size, file; the download is checked against the start of its sha256)
-    "deit_t": ("deit_t", "deit_tiny_patch16_224-a1311bcf.pth"),
-    "deit_s": ("deit_s", "deit_small_patch16_224-cd65a155.pth"),
-    "deit_b": ("deit_b", "deit_base_patch16_224-b5f2ef4d.pth"),
-    "deit3_s": ("deit_s", "deit_3_small_224_21k.pth"),
-    "deit3_b": ("deit_b", "deit_3_base_224_21k.pth"),
-    "deit3_l": ("deit_l", "deit_3_large_224_21k.pth")}
+# file: below https://dl.fbaipublicfiles.com/deit/, or None if there is no download. Hex digits at
+# the end of a file's name are the start of its sha256, and are checked. DeiT III's have none; 21k
+# in their names: trained on ImageNet-21k, then on the 1,000 classes that they tell apart.
+# mean_and_std: of the images that the ViT was made for, where they are not ImageNet's.
+TEACHERS = {
+    "deit_t": {"size": "deit_t", "file": "deit_tiny_patch16_224-a1311bcf.pth"},
+    "deit_s": {"size": "deit_s", "file": "deit_small_patch16_224-cd65a155.pth"},
+    "deit_b": {"size": "deit_b", "file": "deit_base_patch16_224-b5f2ef4d.pth"},
+    "deit3_s": {"size": "deit_s", "file": "deit_3_small_224_21k.pth"},
+    "deit3_b": {"size": "deit_b", "file": "deit_3_base_224_21k.pth"},
+    "deit3_l": {"size": "deit_l", "file": "deit_3_large_224_21k.pth"},
+    # timm's vit_{tiny,small,base,large}_patch16_224
+    "augreg_t16": {"size": "deit_t", "file": None, "mean_and_std": 0.5},
+    "augreg_s16": {"size": "deit_s", "file": None, "mean_and_std": 0.5},
+    "augreg_b16": {"size": "deit_b", "file": None, "mean_and_std": 0.5},
+    "augreg_l16": {"size": "deit_l", "file": None, "mean_and_std": 0.5},
+}
+
+
+def find_teacher(name, weights):
+    """Return (file or address of the weights, sizes of the ViT, row of TEACHERS or {})."""
+    if name in TEACHERS:
+        row = TEACHERS[name]
+        if not weights and not row["file"]:
+            raise common.InputError(f"{name} has no download: give its file as --teacher-weights")
+        source = weights or f"https://dl.fbaipublicfiles.com/deit/{row['file']}"
+        return source, SIZES[row["size"]], row
+    if not Path(name).is_file():
+        raise common.InputError(f"no teacher {name}: choose {', '.join(TEACHERS)}, none, or the "
+                                "path of a student.pth")
+    saved = common.load_checkpoint(name)
+    is_student = isinstance(saved, dict) and saved.get("script") == "vitkd" and "arch" in saved
+    if weights or not is_student:
+        raise common.InputError(
+            f"{name} is no name of a teacher, and no student.pth of vitkd.py alone. For a file of "
+            f"other weights choose the name, {', '.join(TEACHERS)}, and give the file as "
+            "--teacher-weights")
+    return name, saved["arch"], {}
 
 
 def load_teacher(name, weights=None, num_classes=1000, image_size=224):
     """Return a frozen ViT in eval mode, for images of `image_size` pixels.
 
-    name: one of TEACHERS, with its weights in the file `weights` or else downloaded; or the path of
-    a student.pth. Raises ValueError (unknown name, unreadable file) or RuntimeError (weights of
-    another model or class count: torch names the keys)."""
-    if name in TEACHERS:
-        size, file = TEACHERS[name]
-        saved = common.load_checkpoint(weights or f"https://dl.fbaipublicfiles.com/deit/{file}")
-        state, arch = dict(saved.get("model", saved)), SIZES[size]
-    elif Path(name).is_file() and not weights:
-        saved = common.load_checkpoint(name)
-        if saved.get("script") != "vitkd":
-            raise ValueError(f"{name} is no student.pth of vitkd.py: is it --teacher-weights?")
-        state, arch = saved["model"], saved["arch"]
-    else:
-        raise ValueError(f"no teacher {name}: choose {', '.join(TEACHERS)}, none, or a student.pth")
-    # DeiT III multiplies outputs by LayerScale's gamma_1, in timm ls1.gamma: multiply weights by it
-    state = {key.replace("gamma_", "ls").removesuffix(".gamma"): x for key, x in state.items()}
-    for key in [key for key in state if key.endswith((".ls1", ".ls2"))]:
-        gamma, layer = state.pop(key), key.replace("ls1", "attn.proj").replace("ls2", "mlp.fc2")
-        state[f"{layer}.weight"] = gamma[:, None] * state[f"{layer}.weight"]
-        state[f"{layer}.bias"] = gamma * state[f"{layer}.bias"]
-    teacher = ViT(**{**arch, "image_size": image_size, "num_classes": num_classes})
-    load_weights(teacher, state)
+    name: one of TEACHERS, with its weights in the file `weights` or else downloaded; or the path
+    of a student.pth. The patch size is that of the weights. Raises common.InputError, a
+    ValueError, if the name is unknown or the file does not fit.
+    """
+    source, sizes, row = find_teacher(name, weights)
+    state = fold_layer_scale(common.read_weights(source))
+    patches = state["patch_embed.proj.weight"]                              # (D, 3, P, P)
+    if patches.ndim != 4 or patches.shape[1] != 3 or "patch_embed.proj.bias" not in state:
+        raise common.InputError(f"{source}: patch_embed.proj must be a convolution of RGB images "
+                                "with a bias")
+    if "mean_and_std" in row:
+        state = fold_normalization(state, [row["mean_and_std"]] * 3, [row["mean_and_std"]] * 3)
+
+    patch_size = patches.shape[-1]
+    if image_size % patch_size:
+        raise common.InputError(f"image size {image_size} is no multiple of the patch size "
+                                f"{patch_size} of {source}")
+    if "head.bias" not in state:
+        raise common.InputError(f"{source} has no head: the teacher must be a classifier")
+    teacher_classes = len(state["head.bias"])
+    if teacher_classes != num_classes:
+        raise common.InputError(
+            f"the teacher has {teacher_classes} classes, the data {num_classes}: see 'An ImageNet "
+            "teacher for some of its classes' in README.md")
+
+    arch = {**sizes, "image_size": image_size, "patch_size": patch_size, "num_classes": num_classes}
+    teacher = ViT(**arch)
+    load_weights(teacher, state, source)
     return teacher.requires_grad_(False).eval()
 
 
 # ------------------------------------------------------------------ training
 
-STUDENTS = {  # ImageNet-1k top-1 without a teacher, width of the teacher (paper; micro is ours)
-    "micro": (0, 384), "deit_t": (74.42, 384), "deit_s": (80.55, 768), "deit_b": (81.76, 1024)}
+# On ImageNet-1k (paper): top-1 without a teacher, and the width of the teacher. micro is ours.
+STUDENTS = {
+    "micro": {"top1": 0.0, "teacher_dim": 384},
+    "deit_t": {"top1": 74.42, "teacher_dim": 384},
+    "deit_s": {"top1": 80.55, "teacher_dim": 768},
+    "deit_b": {"top1": 81.76, "teacher_dim": 1024},
+}
 
 
 class Distillation(nn.Module):
-    """All that is trained, in one module for one DDP. Returns {name: loss term}."""
+    """All that is trained, in one module for one DistributedDataParallel.
 
-    def __init__(self, student, vitkd, args):
+    forward(images, target, teacher_features) -> {name: loss term}; the loss is their sum.
+    teacher_features: what the teacher's features(images) returns; None for a student alone.
+    """
+
+    def __init__(self, student, vitkd_loss, label_smoothing=0.1, nkd=True, gamma=1.0):
         super().__init__()
-        self.student, self.vitkd, self.args = student, vitkd, args
+        self.student = student
+        self.vitkd_loss = vitkd_loss
+        self.label_smoothing = label_smoothing
+        self.nkd = nkd
+        self.gamma = gamma
 
     def forward(self, images, target, teacher_features):
         shallow, deep, logits = self.student.features(images)
-        losses = {"ce": F.cross_entropy(logits.float(), target,
-                                        label_smoothing=self.args.label_smoothing)}
-        if teacher_features:
-            t_shallow, t_deep, t_logits = teacher_features
-            mimicking, generation = self.vitkd(shallow, deep, t_shallow, t_deep)
-            losses |= {"mimicking": mimicking, "generation": generation}
-            if not self.args.no_nkd:
-                losses["nkd"] = nkd_loss(logits, t_logits, target, self.args.gamma)
+        losses = {}
+        losses["ce"] = F.cross_entropy(logits.float(), target, label_smoothing=self.label_smoothing)
+        if teacher_features is not None:
+            teacher_shallow, teacher_deep, teacher_logits = teacher_features
+            losses["mimicking"], losses["generation"] = self.vitkd_loss(
+                shallow, deep, teacher_shallow, teacher_deep)
+            if self.nkd:
+                losses["nkd"] = nkd_loss(logits, teacher_logits, target, self.gamma)
         return losses
 
 
 def train(args, device):
-    """Train args.student, with args.teacher or alone. Return the last epoch's record."""
-    autocast, scaler = common.precision(args, device)
+    """Train args.student with args.teacher, or alone. Return the record of the last epoch."""
 
-    # ---- data: each process loads its part of a batch ----
-    transform = common.train_transform(args.image_size, (args.crop_scale, 1.0),
-                                       args.rand_augment, args.random_erasing)
-    train_set, val_set, num_classes = common.load_data(args, transform)
-    loader = common.make_loader(train_set, args, train=True)
-    val_batches = common.make_loader(val_set, args, train=False)
-    mix = [v2.MixUp(alpha=args.mixup, num_classes=num_classes)] if args.mixup else []
-    mix += [v2.CutMix(alpha=args.cutmix, num_classes=num_classes)] if args.cutmix else []
+    # ---- precision ----
+    args.amp = args.amp or common.best_precision(device)
+    common.describe_run(device, args.amp)
+    common.choose_attention_kernel(device, args.amp)
+    autocast = torch.autocast(device.type, common.DTYPES[args.amp], enabled=args.amp != "off")
+    # fp16 rounds small gradients to 0: the scaler multiplies the loss first. Else it does nothing.
+    scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
+
+    # ---- data ----
+    train_images, val_images = common.load_data(args.data, args.val, args.image_size)
+    num_classes = len(train_images.classes)
+    indices = common.class_balanced_subset(train_images.targets, args.data_fraction)
+    augment = common.train_transform(args.image_size, (args.crop_scale, 1.0), args.rand_augment,
+                                     args.random_erasing)
+    train_set = common.Images(train_images, indices, augment, args.seed)
+    val_set = common.Images(val_images, range(len(val_images)),
+                            common.val_transform(args.image_size), replace_unreadable=False)
+    common.print_counts(train_set, val_set)
+    train_batches = common.train_loader(train_set, args.batch_size, args.accum, args.workers,
+                                        args.seed)
+    chunk_size = args.batch_size // (common.world_size() * args.accum)  # fits into memory
+    val_batches = common.val_loader(val_set, chunk_size, args.workers)
+    steps_per_epoch = len(train_batches)
+
+    mixers = []
+    if args.mixup:
+        mixers.append(v2.MixUp(alpha=args.mixup, num_classes=num_classes))
+    if args.cutmix:
+        mixers.append(v2.CutMix(alpha=args.cutmix, num_classes=num_classes))
+    mix = v2.RandomChoice(mixers) if mixers else None  # one of the two for each batch
 
     # ---- models ----
     torch.manual_seed(args.seed)
     arch = {**SIZES[args.student], "image_size": args.image_size, "patch_size": args.patch_size,
             "num_classes": num_classes}
-    drop_path = 0.1 if args.student == "deit_b" else 0.0
-    ema_decay = max(0, 1 - 15 / (args.epochs * len(loader))) if drop_path else 0  # paper: 0.99996
-    student, teacher, vitkd_loss = ViT(**arch, drop_path=drop_path), None, None
-    try:
-        if args.init:
-            state = common.load_checkpoint(args.init)
-            state = dict(state.get("model", state))
-            if len(state.get("head.bias", [])) != num_classes:  # then the head stays new
-                state.update((f"head.{k}", v) for k, v in student.head.state_dict().items())
-            load_weights(student, state)
-        if args.teacher != "none":
-            teacher = load_teacher(args.teacher, args.teacher_weights, num_classes, args.image_size)
-            if teacher.patch_embed["proj"].kernel_size[0] != args.patch_size:
-                raise ValueError("teacher and student need the same --patch-size")
-            # Both terms are sums over N * D_t: keep each element's weight as in the paper
-            scale = 196 * STUDENTS[args.student][1] / teacher.pos_embed[:, 1:].numel()
-            vitkd_loss = ViTKDLoss(arch["dim"], teacher.pos_embed.shape[2], args.alpha * scale,
-                                   args.beta * scale, args.mask_ratio)
-            teacher.to(device)
-    except (AttributeError, KeyError, OSError, RuntimeError, TypeError, ValueError) as error:
-        common.fail(f"--init or --teacher: {error}")
-    model = Distillation(student, vitkd_loss, args).to(device)
-    ema = AveragedModel(student, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))  # 0: just a copy
+    student = ViT(**arch, drop_path=args.drop_path)
+    if args.init:
+        load_init(student, args.init)
+
+    teacher = None
+    vitkd_loss = None
+    if args.teacher != "none":
+        teacher = load_teacher(args.teacher, args.teacher_weights, num_classes, args.image_size)
+        teacher.to(device)
+        teacher_patch_size = teacher.patch_embed["proj"].kernel_size[0]
+        if teacher_patch_size != args.patch_size:
+            raise common.InputError("teacher and student need the same patch size. That of the "
+                                    f"teacher is {teacher_patch_size}: --patch-size")
+        # As ViTKDLoss says, this keeps the weight of each element as it is in the paper
+        num_patches = (args.image_size // args.patch_size) ** 2
+        teacher_dim = teacher.pos_embed.shape[2]
+        scale = 196 * STUDENTS[args.student]["teacher_dim"] / (num_patches * teacher_dim)
+        vitkd_loss = ViTKDLoss(arch["dim"], teacher_dim, args.alpha * scale, args.beta * scale,
+                               args.mask_ratio)
+
+    model = Distillation(student, vitkd_loss, args.label_smoothing, not args.no_nkd, args.gamma)
+    model.to(device)
+    ema = common.moving_average(student, args.ema_decay)  # what is evaluated and saved
 
     # ---- optimiser ----
     groups = common.parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
-    # ---- resume, or check the teacher: one trained at another image size can do harm ----
-    resumed = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    checkpoint, log = common.open_run(args), []  # log: one record an epoch
+    # ---- resume, or check the teacher ----
+    stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
+    settings = {**vars(args), "num_classes": num_classes}  # a resumed run must have the same
+    log = []  # one record an epoch
+    checkpoint = common.open_run(args.out, args.resume, settings)
     if checkpoint:
         log = checkpoint["log"]
-        for name, part in resumed.items():
+        for name, part in stateful.items():
             part.load_state_dict(checkpoint[name])
     elif teacher:
+        # A teacher made for another image size can be so bad that it harms the student
         top1 = common.evaluate(teacher, val_batches, device, autocast)
-        common.say(f"teacher {args.teacher}: top-1 {top1:.1f} % on the validation images")
-        if num_classes == 1000 and top1 < STUDENTS[args.student][0]:
-            common.say(f"WARNING: {args.student} alone has {STUDENTS[args.student][0]} % (paper)")
+        common.print0(f"teacher {args.teacher}: top-1 {top1:.1f} % on the validation images")
+        alone = STUDENTS[args.student]["top1"]
+        if num_classes == 1000 and top1 < alone:
+            common.print0(f"WARNING: that is less than {args.student} reaches without a teacher, "
+                          f"{alone} % (paper)")
 
-    if args.compile:  # in place, so that the names in state_dict() stay
-        model.compile(dynamic=False)
+    if args.compile:
+        model.compile(dynamic=False)  # in place, so that names in state_dict() stay as they are
         if teacher:
             teacher.features = torch.compile(teacher.features, dynamic=False)
     ddp = DDP(model, gradient_as_bucket_view=True) if common.world_size() > 1 else model
-    skipped = []  # for each step: was it skipped?
+    bad_steps_in_a_row = 0
 
     for epoch in range(len(log), args.epochs):
-        # Seed: a resumed run draws the same random numbers as an uninterrupted one
-        torch.manual_seed(hash((args.seed, epoch, common.rank())))
-        loader.sampler.set_epoch(epoch)
-        train_set.epoch.fill_(epoch)  # a tensor that the workers share
+        # A resumed run draws the same random numbers as an uninterrupted one
+        torch.manual_seed(common.seed_of(args.seed, epoch, common.rank()))
+        train_batches.sampler.set_epoch(epoch)  # the order of images
+        train_set.epoch = epoch  # their augmentation
         model.train()
-        started, totals = time.time(), defaultdict(float)
+        loss_sums = defaultdict(float)
+        skipped_steps = 0
+        batches = common.TimedBatches(train_batches, epoch, args.epochs, args.batch_size)
 
-        bar = tqdm(loader, f"epoch {epoch + 1}", leave=False, disable=common.rank() > 0 or None)
-        for step, batch in enumerate(bar):
-            # Learning rate
-            lr = common.learning_rate(epoch + (step + 1) / len(loader), args)
+        for step, (images, target) in enumerate(batches, start=1):
+            images = images.to(device, non_blocking=True)
+            target = target.to(device, non_blocking=True)
+
+            # ---- learning rate ----
+            lr = common.learning_rate(epoch + step / steps_per_epoch, args.epochs, args.lr,
+                                      args.min_lr, args.warmup_epochs)
             for group in optimizer.param_groups:
                 group["lr"] = lr
 
-            # MixUp or CutMix, one of the two per batch; the teacher sees the same images
-            batch = [tensor.to(device, non_blocking=True) for tensor in batch]
-            images, target = v2.RandomChoice(mix)(*batch) if mix else batch
+            # ---- MixUp or CutMix: the teacher sees the mixed images, too ----
+            if mix:
+                images, target = mix(images, target)                        # target: (B, C)
 
-            # Forward and backward, in equal chunks to save memory
-            for i, (x, y) in enumerate(zip(images.chunk(args.accum), target.chunk(args.accum))):
-                # DDP averages gradients over processes once a step: in the last backward pass
-                ddp.require_backward_grad_sync = i == args.accum - 1  # one process: no effect
-                with autocast():
-                    with torch.no_grad():
-                        teacher_features = teacher.features(x) if teacher else None
+            # ---- forward and backward, in equal chunks to save memory ----
+            chunks = zip(images.chunk(args.accum), target.chunk(args.accum))
+            for i, (x, y) in enumerate(chunks):
+                # Gradients add up from chunk to chunk. DDP averages them over the processes, which
+                # is needed only once: in the last backward pass. Without DDP this has no effect.
+                ddp.require_backward_grad_sync = i == args.accum - 1
+                with torch.no_grad(), autocast:
+                    teacher_features = teacher.features(x) if teacher else None
+                with autocast:
                     losses = ddp(x, y, teacher_features)
-                scaler.scale(sum(losses.values()) / args.accum).backward()
-                for name, loss in losses.items():
-                    totals[name] += loss.detach().nan_to_num(0, 0, 0) / args.accum  # NaN adds 0
+                loss = sum(losses.values()) / args.accum
+                scaler.scale(loss).backward()
+                for name, term in losses.items():
+                    # For the log alone. NaN and inf count as 0: they would spoil the epoch's mean.
+                    loss_sums[name] += term.detach().nan_to_num(0, 0, 0) / args.accum
 
-            # Finite check and step: gradients are averaged, so all processes skip or none does
+            # ---- step, if gradients are finite: they are averaged, so all processes agree ----
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
-            skipped.append(not norm.isfinite())
-            if not skipped[-1]:
+            if norm.isfinite():
                 scaler.step(optimizer)
                 ema.update_parameters(student)
-            elif sum(skipped[-20:]) == 20:
-                common.fail("20 steps in a row had no finite gradients: try a lower --lr")
+                bad_steps_in_a_row = 0
+            else:
+                skipped_steps += 1
+                bad_steps_in_a_row += 1
+            if bad_steps_in_a_row == 20:
+                raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
             scaler.update()
             optimizer.zero_grad()
 
-        # Evaluation and log
-        record = {"epoch": epoch + 1, **common.mean_losses(totals, len(loader), device), "lr": lr,
-                  "skipped_steps": sum(skipped[-len(loader):]),
-                  "images_per_second": len(loader) * args.batch_size / (time.time() - started)}
+            if step % args.log_every == 0:
+                batches.print_progress(loss_sums, lr)
+
+        # ---- evaluation and log ----
+        record = {
+            "epoch": epoch + 1,
+            **common.mean_over_processes(loss_sums, steps_per_epoch, device),
+            "lr": lr,
+            "skipped_steps": skipped_steps,
+            **batches.speed(),
+            "peak_memory_gb": common.peak_memory_gb(),
+        }
         if (epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs:
             record["top1"] = common.evaluate(ema.module, val_batches, device, autocast)
-        log.append({**record, "seconds": time.time() - started})
-        common.log_epoch(args, log)
+        record["seconds"] = batches.seconds()
+        log.append(record)
+        common.log_epoch(args.out, log, args.epochs)
 
-        # Checkpoints: the student as a plain ViT, and all that --resume needs
+        # ---- checkpoints: the student as a plain ViT, and all that --resume needs ----
         if common.rank() == 0:
             common.save_checkpoint(f"{args.out}/student.pth", model=ema.module.state_dict(),
                                    arch=arch, script="vitkd")
-            states = {name: part.state_dict() for name, part in resumed.items()}
-            common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=vars(args))
+            states = {name: part.state_dict() for name, part in stateful.items()}
+            common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=settings)
     return log[-1]
 
 
@@ -394,84 +587,161 @@ def train(args, device):
 
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], allow_abbrev=False,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=29, width=100))
-    parser.error = common.fail  # one line instead of the usage
+        description=__doc__.split("\n\n")[0], usage="%(prog)s [--flag value ...]",
+        allow_abbrev=False)
+    parser.error = common.fail  # one line, also under torchrun
 
-    group = parser.add_argument_group
-    flag = group("data", "A folder holds train/CLASS/* and val/CLASS/*.").add_argument
-    flag("--data", default="data/imagenet", help="folder, cifar10, cifar100, shapes (%(default)s)")
-    flag("--val", help="another folder of CLASS/* with validation images")
-    flag("--data-fraction", type=float, default=1.0, help="part of each class to use (%(default)s)")
-    flag("--image-size", type=int, default=224, help="side length in pixels (%(default)s)")
-    flag("--workers", type=int, default=common.WORKERS, help="data workers per GPU (%(default)s)")
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", default="data/imagenet",
+                      help="folder that holds train/CLASS/* and val/CLASS/*; or cifar10, cifar100 "
+                           "(downloaded to data/), shapes (drawn in memory) (%(default)s)")
+    data.add_argument("--val", metavar="FOLDER",
+                      help="folder of CLASS/* with the validation images, instead of val/")
+    data.add_argument("--data-fraction", type=common.fraction, default=1.0,
+                      help="share of the training images to use, the same in each class "
+                           "(%(default)s)")
+    data.add_argument("--image-size", type=common.positive_int, default=224,
+                      help="side length in pixels, in training and validation (%(default)s)")
+    data.add_argument("--workers", type=common.non_negative_int, default=common.WORKERS,
+                      help="processes that load images, for each GPU; try more if the progress "
+                           "lines show waiting for data (here %(default)s)")
 
-    flag = group("models", f"Teachers: {', '.join(TEACHERS)}, a student.pth, none.").add_argument
-    flag("--student", choices=STUDENTS, default="deit_t", help="the ViT to train (%(default)s)")
-    flag("--init", metavar="FILE", help="student.pth or a DeiT file; a head of another size is new")
-    flag("--teacher", default="deit3_s", help="a name or a path, see above (%(default)s)")
-    flag("--teacher-weights", metavar="FILE", help="the named teacher's weights (else downloaded)")
-    flag("--patch-size", type=int, default=16, help="in pixels; also the teacher's (%(default)s)")
+    models = parser.add_argument_group("models")
+    models.add_argument("--student", choices=STUDENTS, default="deit_t",
+                        help="the ViT to train; micro, of 0.7 million parameters, is for CPUs "
+                             "(%(default)s)")
+    models.add_argument("--init", metavar="FILE",
+                        help="start from the weights of a ViT; a head for another number of "
+                             "classes is replaced by a new one")
+    models.add_argument("--teacher", default="deit3_s",
+                        help=f"{', '.join(TEACHERS)}; or the path of a student.pth of this script; "
+                             "or none, to learn from labels alone (%(default)s)")
+    models.add_argument("--teacher-weights", metavar="FILE",
+                        help="file with the named teacher's weights, instead of a download; "
+                             "augreg_* need it")
+    models.add_argument("--patch-size", type=common.positive_int, default=16,
+                        help="side length of a patch in pixels; the teacher must have the same "
+                             "(%(default)s)")
 
-    flag = group("loss", "Alpha, beta: weights, scaled to other tokens and widths.").add_argument
-    flag("--alpha", type=float, default=3e-5, help="of mimicking, at 196 tokens (%(default)s)")
-    flag("--beta", type=float, default=3e-6, help="of generation, at 196 tokens (%(default)s)")
-    flag("--mask-ratio", type=float, default=0.5, help="masked part of the tokens (%(default)s)")
-    flag("--no-nkd", action="store_true", help="leave out NKD, the logit loss")
-    flag("--gamma", type=float, default=1.0, help="NKD: weight of the other classes (%(default)s)")
+    loss = parser.add_argument_group("loss")
+    loss.add_argument("--alpha", type=common.non_negative, default=3e-5,
+                      help="weight of the loss between shallow features (mimicking), for 196 "
+                           "patches and the paper's teacher; scaled to others (%(default)s)")
+    loss.add_argument("--beta", type=common.non_negative, default=3e-6,
+                      help="weight of the loss between deep features (generation), scaled in the "
+                           "same way (%(default)s)")
+    loss.add_argument("--mask-ratio", type=common.fraction, default=0.5,
+                      help="part of the patch tokens that must be generated (%(default)s)")
+    loss.add_argument("--no-nkd", action="store_true", help="leave out NKD, the loss on logits")
+    loss.add_argument("--gamma", type=common.non_negative, default=1.0,
+                      help="weight, within NKD, of the classes other than the target (%(default)s)")
 
-    flag = group("recipe").add_argument
-    flag("--batch-size", type=int, default=1024, help="global batch size (%(default)s)")
-    flag("--accum", type=int, default=1, help="gradient accumulation steps (%(default)s)")
-    flag("--epochs", type=int, default=300, help="passes over the training images (%(default)s)")
-    flag("--lr", type=float, help="peak learning rate (1e-3 * sqrt(batch size / 1024))")
-    flag("--min-lr", type=float, default=1e-5, help="learning rate at the end (%(default)s)")
-    flag("--warmup-epochs", type=float, default=20, help="capped at epochs / 10 (%(default)s)")
-    flag("--weight-decay", type=float, default=0.05, help="AdamW's (%(default)s)")
-    flag("--clip-grad", type=float, default=5.0, help="largest gradient norm, 0: off (%(default)s)")
-    flag("--crop-scale", type=float, default=0.08, help="smallest share of the area (%(default)s)")
-    flag("--label-smoothing", type=float, default=0.1, help="of the cross-entropy (%(default)s)")
-    flag("--mixup", type=float, default=0.8, help="alpha of MixUp, 0: off (%(default)s)")
-    flag("--cutmix", type=float, default=1.0, help="alpha of CutMix, 0: off (%(default)s)")
-    flag("--rand-augment", type=int, default=9, help="magnitude, 0 (off) to 10 (%(default)s)")
-    flag("--random-erasing", type=float, default=0.25, help="probability (%(default)s)")
-    flag("--seed", type=int, default=0, help="weights, order, augmentation (%(default)s)")
+    recipe = parser.add_argument_group("recipe")
+    recipe.add_argument("--batch-size", type=common.positive_int, default=1024,
+                        help="images per step, of all GPUs together (%(default)s)")
+    recipe.add_argument("--accum", type=common.positive_int, default=1,
+                        help="gradient accumulation: compute a step in this many parts, one after "
+                             "the other; 2, 4, ... if the GPU's memory is full (%(default)s)")
+    recipe.add_argument("--epochs", type=common.positive_int, default=300,
+                        help="passes over the training images (%(default)s)")
+    recipe.add_argument("--lr", type=common.non_negative,
+                        help="peak learning rate (1e-3 * sqrt(batch size / 1024))")
+    recipe.add_argument("--min-lr", type=common.non_negative, default=1e-5,
+                        help="learning rate at the end of the cosine (%(default)s)")
+    recipe.add_argument("--warmup-epochs", type=common.non_negative, default=20,
+                        help="epochs of linear warm-up, at most a tenth of --epochs (%(default)s)")
+    recipe.add_argument("--weight-decay", type=common.non_negative, default=0.05,
+                        help="weight decay of AdamW (%(default)s)")
+    recipe.add_argument("--clip-grad", type=common.non_negative, default=5.0,
+                        help="largest norm of the gradient, 0: no limit (%(default)s)")
+    recipe.add_argument("--drop-path", type=common.fraction,
+                        help="stochastic depth of the last block, 0: off (0.1 for deit_b, else 0)")
+    recipe.add_argument("--ema-decay", type=common.fraction,
+                        help="evaluate and save a moving average of the weights, 0: off (0.99996 "
+                             "for deit_b, else 0)")
+    recipe.add_argument("--crop-scale", type=common.fraction, default=0.08,
+                        help="smallest share of an image's area that a random crop keeps; larger, "
+                             "such as 0.4, for small images (%(default)s)")
+    recipe.add_argument("--label-smoothing", type=common.fraction, default=0.1,
+                        help="label smoothing of the cross-entropy (%(default)s)")
+    recipe.add_argument("--mixup", type=common.non_negative, default=0.8,
+                        help="alpha of MixUp, larger mixes more, 0: off (%(default)s)")
+    recipe.add_argument("--cutmix", type=common.non_negative, default=1.0,
+                        help="alpha of CutMix, larger mixes more, 0: off (%(default)s)")
+    recipe.add_argument("--rand-augment", type=int, choices=range(11), default=9, metavar="0..10",
+                        help="magnitude of RandAugment, 0: off (%(default)s)")
+    recipe.add_argument("--random-erasing", type=common.fraction, default=0.25,
+                        help="probability that a rectangle of an image is erased (%(default)s)")
+    recipe.add_argument("--seed", type=common.non_negative_int, default=0,
+                        help="seed of all random numbers (%(default)s)")
 
-    flag = group("run").add_argument
-    flag("--amp", choices=("bf16", "fp16", "off"), help="precision (the fastest the device has)")
-    flag("--compile", action="store_true", help="torch.compile student and teacher")
-    flag("--out", default="out/vitkd", help="folder for the results (%(default)s)")
-    flag("--resume", action="store_true", help="continue the run in --out, if there is one")
-    flag("--eval-every", type=int, default=1, help="epochs between evaluations (%(default)s)")
-    flag("--demo", action="store_true", help="three small runs; reads only --workers and --seed")
+    run = parser.add_argument_group("run")
+    run.add_argument("--amp", choices=common.DTYPES,
+                     help="precision of matrix products, off: float32 (the fastest that the device "
+                          "computes natively)")
+    run.add_argument("--compile", action="store_true",
+                     help="torch.compile student and teacher: the first step is slow, later ones "
+                          "are faster")
+    run.add_argument("--out", default="out/vitkd",
+                     help="folder for student.pth, last.pth, log.jsonl, args.json (%(default)s)")
+    run.add_argument("--resume", action="store_true",
+                     help="continue the run in --out after its last whole epoch, if there is one")
+    run.add_argument("--eval-every", type=common.positive_int, default=1,
+                     help="epochs between evaluations (%(default)s)")
+    run.add_argument("--log-every", type=common.positive_int, default=50,
+                     help="steps between progress lines (%(default)s)")
+    run.add_argument("--demo", action="store_true",
+                     help="train three small ViTs on drawn shapes, without data, download or GPU; "
+                          "reads --workers and --seed, no other flag")
     args = parser.parse_args(argv)
 
-    common.check_args(args, {"mask_ratio": (1e-6, 1), "label_smoothing": (0, 1),
-                             "rand_augment": (0, 10), "random_erasing": (0, 1)})
-    args.lr = args.lr or 1e-3 * math.sqrt(args.batch_size / 1024)
+    if args.image_size % args.patch_size:
+        parser.error(f"--image-size {args.image_size} is no multiple of --patch-size "
+                     f"{args.patch_size}")
+    if args.mask_ratio == 0:
+        parser.error("--mask-ratio 0 leaves nothing to generate: --beta 0 switches generation off")
+    if args.lr is None:
+        args.lr = 1e-3 * math.sqrt(args.batch_size / 1024)
+    if args.drop_path is None:
+        args.drop_path = 0.1 if args.student == "deit_b" else 0.0
+    if args.ema_decay is None:
+        args.ema_decay = 0.99996 if args.student == "deit_b" else 0.0
     return args
 
 
 def demo(args, device):
-    """Train a teacher, a student alone and a distilled student; print their top-1 on shapes."""
-    flags = ("--data shapes --image-size 32 --patch-size 8 --student micro --batch-size 50 "
-             "--lr 1e-3 --crop-scale 0.5 --label-smoothing 0 --mixup 0 --cutmix 0 --rand-augment 0 "
-             f"--random-erasing 0 --eval-every 1000 --workers {args.workers} --seed {args.seed}")
+    """Train a teacher, a student alone and a distilled student. Print a table of their top-1."""
     if common.world_size() > 1:
-        common.fail("--demo runs in one process, without torchrun")
+        raise common.InputError("--demo runs in one process, without torchrun")
+    shared = ("--data shapes --image-size 32 --patch-size 8 --student micro --batch-size 50 "
+              "--lr 1e-3 --crop-scale 0.5 --label-smoothing 0 --mixup 0 --cutmix 0 "
+              "--rand-augment 0 --random-erasing 0 --eval-every 1000 "
+              f"--workers {args.workers} --seed {args.seed}")
     table = []
     with tempfile.TemporaryDirectory() as out:
-        for name, teacher, epochs in (("teacher", "none", 24), ("student alone", "none", 8),
-                                      ("student distilled", f"{out}/0/student.pth", 8)):
-            more = ["--teacher", teacher, "--epochs", str(epochs), "--out", f"{out}/{len(table)}"]
-            top1 = train(parse_args(flags.split() + more), device)["top1"]
-            table.append(f"{name:18s} top-1 {top1:5.1f} %")
-    common.say("\n" + "\n".join(table))
+        runs = {
+            "teacher": ["--teacher", "none", "--epochs", "24"],
+            "student alone": ["--teacher", "none", "--epochs", "8"],
+            "student distilled": ["--teacher", f"{out}/teacher/student.pth", "--epochs", "8"],
+        }
+        for name, flags in runs.items():
+            folder = f"{out}/{name.split()[-1]}"
+            common.print0(f"\n{name}: python vitkd.py {shared} {' '.join(flags)} --out {folder}")
+            record = train(parse_args([*shared.split(), *flags, "--out", folder]), device)
+            table.append(f"{name:18s} top-1 {record['top1']:5.1f} %")
+    common.print0("\n" + "\n".join(table))
 
 
 def main(argv=None):
-    args, device = parse_args(argv), common.init_processes()
-    demo(args, device) if args.demo else train(args, device)
+    args = parse_args(argv)
+    device = common.init_processes()
+    try:
+        if args.demo:
+            demo(args, device)
+        else:
+            train(args, device)
+    except common.InputError as error:
+        common.fail(error)
     if common.world_size() > 1:
         torch.distributed.destroy_process_group()
 

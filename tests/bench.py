@@ -21,18 +21,16 @@ import statistics
 import tempfile
 import time
 import types
-from argparse import Namespace
 from collections import deque
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from conftest import DATA
+from helpers import DATA
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 import attndistill
@@ -75,21 +73,20 @@ def alternate(ways, rounds):
 def make_models(method, student, teacher, image_size, patch_size, **own):
     """Return (Distillation, frozen teacher) with random weights. own: for a ViT teacher."""
     module = {"attndistill": attndistill, "vitkd": vitkd, "dearkd": dearkd}[method]
-    args = Namespace(alpha=0.5, beta=10.0, label_smoothing=0.1, no_nkd=False, gamma=1.0)
-    blocks = {"mhca_blocks": 4} if method == "dearkd" else {}
-    vit = module.ViT(image_size, patch_size, **module.SIZES[student], **blocks)
+    mhca = {"mhca_blocks": 4} if method == "dearkd" else {}
+    vit = module.ViT(image_size, patch_size, **module.SIZES[student], **mhca)
     dim = vit.norm.weight.shape[0]
     if method == "dearkd":
         guide = dearkd.Teacher(dearkd.make_cnn(teacher, 1000))
         maps, _ = guide.features(torch.zeros(1, 3, image_size, image_size))
         aligners = nn.ModuleList(dearkd.Aligner(dim, maps[stage].shape[1]) for stage in (0, 1))
-        return dearkd.Distillation(vit, aligners, [(1, 1), (3, 2)], args), guide
+        return dearkd.Distillation(vit, aligners, [(1, 1), (3, 2)]), guide
     guide = module.ViT(image_size, patch_size, **module.SIZES[teacher], **own)
     guide.requires_grad_(False).eval()
-    dims = dim, guide.norm.weight.shape[0]
+    teacher_dim = guide.norm.weight.shape[0]
     if method == "vitkd":
-        return vitkd.Distillation(vit, vitkd.ViTKDLoss(*dims), args), guide
-    return attndistill.Distillation(vit, attndistill.projector(*dims), 0.1), guide
+        return vitkd.Distillation(vit, vitkd.ViTKDLoss(dim, teacher_dim)), guide
+    return attndistill.Distillation(vit, attndistill.projector(dim, teacher_dim)), guide
 
 
 def make_step(model, teacher, batch, way):
@@ -194,8 +191,10 @@ def bench_inversion(batch_size=128, steps=2):
 
 def bench_photos(magnitude, epochs=4):
     """Training images from 96 photos of 500 x 375 pixels or so, read by one worker."""
-    shutil.unpack_archive(DATA / "imagenet_photos.zip", folder := tempfile.mkdtemp())
-    photos, ours = ImageFolder(folder), common.train_transform(224, rand_augment=magnitude)
+    folder = tempfile.mkdtemp()
+    shutil.unpack_archive(DATA / "imagenet_photos.zip", folder)
+    photos = common.ImageFolder(folder, common.class_folders(folder))
+    ours = common.train_transform(224, rand_augment=magnitude)
     to_tensor, crop, flip, *rest = ours.transforms
     loaders = [DataLoader(common.Images(photos, range(len(photos)), transform), 32, num_workers=1,
                           sampler=[*range(len(photos))] * epochs, persistent_workers=True)
@@ -222,7 +221,9 @@ def main():
     parser.add_argument("--compile", action="store_true", help="our steps")
     parser.add_argument("--amp", choices=("bf16", "fp16", "off"), help="our precision")
     args = parser.parse_args()
-    common.precision(args, DEVICE)  # prints the machine and sets args.amp
+    args.amp = args.amp or common.best_precision(DEVICE)
+    common.describe_run(DEVICE, args.amp)
+    common.choose_attention_kernel(DEVICE, args.amp)
     DTYPES["ours"] = {"bf16": torch.bfloat16, "fp16": torch.half, "off": torch.float}[args.amp]
     n = 16384 if DEVICE.type == "cuda" else 4096
     a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPES["ours"]) for _ in range(2))

@@ -1,12 +1,13 @@
 """README.md: its commands parse, its snippets run, its links lead somewhere."""
 
 import importlib
+import inspect
 import re
 import shlex
 
 import pytest
 import torch
-from conftest import ROOT
+from helpers import ROOT
 
 import vitkd
 
@@ -50,7 +51,18 @@ def test_a_command_parses(line, monkeypatch):
     at = next(i for i, word in enumerate(words) if word.endswith(".py"))
     monkeypatch.setattr("sys.argv", words[at:])
     script = importlib.import_module(words[at].removesuffix(".py"))
-    script.parse_args()
+    if "--help" in words:
+        with pytest.raises(SystemExit) as end:
+            script.parse_args()
+        assert end.value.code == 0
+    else:
+        script.parse_args()
+
+
+def test_the_heading_that_an_error_names_is_there():
+    heading = "An ImageNet teacher for some of its classes"
+    assert f"### {heading}\n" in README
+    assert heading in " ".join(inspect.getsource(vitkd.load_teacher).replace('"', "").split())
 
 
 def test_links_and_headings_lead_somewhere():

@@ -8,9 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchvision
-from conftest import DATA
-from PIL import Image
-from test_attndistill import SMALL, float64_vit, plain
+from helpers import DATA, SMALL, float64_vit, plain
 
 import common
 import vitkd
@@ -160,25 +158,118 @@ def test_nkd_survives_extreme_logits():
     assert loss.isfinite() and sure.grad.isfinite().all()
 
 
+# ------------------------------------------------------------------ the sum of all terms
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("nkd", [True, False])
+def test_the_terms_of_a_step_equal_float64(mixed, nkd, seen_masks):
+    student = vitkd.ViT(20, 4, 12, 3, 2, 7)
+    vitkd_loss = vitkd.ViTKDLoss(12, 20, 3e-3, 2e-2)
+    model = vitkd.Distillation(student, vitkd_loss, label_smoothing=0.1, nkd=nkd, gamma=1.5)
+    images = torch.randn(3, 3, 20, 20)
+    target = torch.rand(3, 7).softmax(1) if mixed else torch.randint(7, (3,))
+    teacher_features = vitkd.ViT(20, 4, 20, 3, 2, 7).features(images)
+    losses = model(images, target, teacher_features)
+
+    shallow, deep, logits = student.features(images)
+    t_shallow, t_deep, t_logits = teacher_features
+    soft = target if mixed else F.one_hot(target, 7)
+    smooth = 0.9 * soft.double() + 0.1 / 7
+    p = logits.double().exp() / logits.double().exp().sum(1, keepdim=True)
+    mimicking, generation = numpy_vitkd(
+        vitkd_loss, shallow, deep, t_shallow, t_deep, seen_masks[0])
+    expected = {"ce": -(smooth * p.log()).sum(1).mean().item(), "mimicking": mimicking,
+                "generation": generation}
+    if nkd:
+        expected["nkd"] = plain_nkd(logits, t_logits, target, 1.5, 1.0)
+    assert {name: loss.item() for name, loss in losses.items()} == pytest.approx(expected, rel=1e-5)
+
+    alone = vitkd.Distillation(student, None, label_smoothing=0.1)(images, target, None)
+    assert {name: loss.item() for name, loss in alone.items()} == pytest.approx(
+        {"ce": expected["ce"]}, rel=1e-5)
+
+
 # ------------------------------------------------------------------ the ViT and its teachers
 
 
-@pytest.mark.parametrize("name", ["deit_t", "deit3_s"])
-def test_released_formats_load_and_give_their_logits(name, tmp_path, monkeypatch):
-    monkeypatch.setitem(vitkd.SIZES, vitkd.TEACHERS[name][0], SMALL)
-    released = timm = {**plain(), "head.weight": torch.randn(9, 48), "head.bias": torch.randn(9)}
-    if name == "deit3_s":  # other names, and no position of the class token: zeros
-        timm = {**plain(layer_scale=True), **{k: v for k, v in released.items() if "head" in k}}
-        timm["pos_embed"][:, 0] = 0
-        released = {k.replace("ls1.gamma", "gamma_1"): v  # ls2.gamma: a timm export's name
-                    for k, v in timm.items()} | {"pos_embed": timm["pos_embed"][:, 1:]}
+def released_weights(family):
+    """Return (the file's weights, the same under timm's names), at 224 px with nine classes."""
+    head = {"head.weight": torch.randn(9, 48), "head.bias": torch.randn(9)}
+    if family == "DeiT":
+        weights = {**plain(), **head}
+        return weights, weights
+    # DeiT III: LayerScale has other names, and the class token has no position
+    timm = {**plain(layer_scale=True), **head}
+    timm["pos_embed"][:, 0] = 0
+    released = {}
+    for name, tensor in timm.items():
+        released[name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2")] = tensor
+    released["pos_embed"] = timm["pos_embed"][:, 1:]
+    return released, timm
+
+
+@pytest.mark.parametrize("image_size", [224, 112])
+@pytest.mark.parametrize("family, name", [
+    ("DeiT", "deit_t"), ("DeiT", "deit_s"), ("DeiT", "deit_b"),
+    ("DeiT III", "deit3_s"), ("DeiT III", "deit3_b"), ("DeiT III", "deit3_l")])
+def test_released_formats_load_and_give_their_logits(
+        family, name, image_size, tmp_path, monkeypatch):
+    monkeypatch.setitem(vitkd.SIZES, vitkd.TEACHERS[name]["size"], SMALL)
+    released, timm = released_weights(family)
     torch.save({"model": released}, tmp_path / "x.pth")
-    teacher, images = vitkd.load_teacher(name, tmp_path / "x.pth", 9), torch.randn(2, 3, 224, 224)
+    teacher = vitkd.load_teacher(name, tmp_path / "x.pth", 9, image_size)
+    images = torch.randn(2, 3, image_size, image_size)
     cls, _ = float64_vit(timm, images, SMALL["num_heads"])
     expected = F.linear(cls, timm["head.weight"].double(), timm["head.bias"].double())
     # 1e-5 and not less: LayerScale is multiplied into float32 weights
     assert torch.allclose(teacher.double()(images.double()), expected, rtol=1e-5, atol=1e-5)
     assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+
+
+def test_a_student_is_a_teacher_with_its_own_size(tmp_path):
+    arch = {"image_size": 16, "patch_size": 4, **SMALL, "num_classes": 9}
+    student = vitkd.ViT(**arch).eval()
+    common.save_checkpoint(tmp_path / "any name", model=student.state_dict(), arch=arch,
+                           script="vitkd")
+    teacher = vitkd.load_teacher(str(tmp_path / "any name"), num_classes=9, image_size=16)
+    images = torch.randn(2, 3, 16, 16)
+    assert torch.equal(teacher(images), student(images))
+    assert not teacher.training and not any(p.requires_grad for p in teacher.parameters())
+    larger = vitkd.load_teacher(str(tmp_path / "any name"), num_classes=9, image_size=32)
+    assert larger(torch.randn(2, 3, 32, 32)).shape == (2, 9)
+
+
+@pytest.mark.parametrize("rows, grid", [(1 + 16, 4), (1 + 16, 7), (16, 4), (16, 2)])
+def test_a_position_embedding_is_resized_bicubically_or_not_at_all(rows, grid):
+    position = torch.randn(1, rows, 6)
+    resized = vitkd.resize_position(position, grid)
+    assert resized.shape == (1, 1 + grid**2, 6)
+    class_row = position[:, :1] if rows == 17 else torch.zeros(1, 1, 6)
+    assert torch.equal(resized[:, :1], class_row)
+    patches = position[:, -16:]
+    if grid == 4:
+        assert torch.equal(resized[:, 1:], patches)
+        return
+    square = patches[0].T.reshape(1, 6, 4, 4).double()
+    expected = F.interpolate(square, (grid, grid), mode="bicubic").reshape(6, -1).T
+    assert torch.allclose(resized[0, 1:].double(), expected, atol=1e-6)
+
+
+def test_folding_changes_neither_its_input_nor_other_weights():
+    weights = {**plain(layer_scale=True), "patch_embed.proj.bias": torch.randn(48)}
+    before = {name: tensor.clone() for name, tensor in weights.items()}
+    folded = vitkd.fold_layer_scale(weights)
+    shifted = vitkd.fold_normalization(weights, [0.5] * 3, [0.5] * 3)
+    assert weights.keys() == before.keys()
+    assert all(torch.equal(weights[name], before[name]) for name in before)
+    gammas = {name for name in before if name.endswith("gamma")}
+    assert folded.keys() == before.keys() - gammas and len(gammas) == 6
+    changed = {name for name in folded if not torch.equal(folded[name], before[name])}
+    assert changed == {f"blocks.{i}.{layer}.{kind}" for i in range(3)
+                       for layer in ("attn.proj", "mlp.fc2") for kind in ("weight", "bias")}
+    assert {name for name in shifted if not torch.equal(shifted[name], before[name])} == {
+        "patch_embed.proj.weight", "patch_embed.proj.bias"}
 
 
 def test_features_are_the_residual_stream():
@@ -210,17 +301,18 @@ def test_initialisation_is_truncated_normal():
 
 
 def test_real_deit_t_recognises_the_photos(tmp_path):
-    """Real ImageNet weights on real photos: 74 of 96 right at 224 px."""
+    """Real ImageNet weights on real photos, as files: 74 of 96 right at 224 px."""
     weights, photos = DATA / "deit_tiny_imagenet.pth", DATA / "imagenet_photos.zip"
     if not (weights.exists() and photos.exists()):
         pytest.skip(f"no {weights} or {photos}")
-    torch.set_num_threads(2)
     torchvision.datasets.utils.extract_archive(str(photos), str(tmp_path))
     wnids = (DATA / "imagenet_wnids.txt").read_text().split()
-    transform, teacher = common.val_transform(224), vitkd.load_teacher("deit_t", weights)
+    transform = common.val_transform(224)
+    teacher = vitkd.load_teacher("deit_t", weights)
     paths = sorted(tmp_path.rglob("*.JPEG"))
     with torch.inference_mode():
-        images = torch.stack([transform(Image.open(path).convert("RGB")) for path in paths])
+        images = torch.stack([transform(common.load_image(path)) for path in paths])
         found = torch.cat([teacher(part).argmax(1) for part in images.split(32)]).tolist()
-    right = sum(path.name.startswith(wnids[c]) for path, c in zip(paths, found))
-    assert len(paths) == 96 and 73 <= right <= 75
+    right = sum(path.name.startswith(wnids[label]) for path, label in zip(paths, found))
+    assert len(paths) == 96
+    assert 73 <= right <= 75
