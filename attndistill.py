@@ -569,8 +569,8 @@ def train(args, device):
                                 replace_unreadable=False)
         common.print_counts(train_set, val_set)
     else:
-        common.print0(f"{len(train_set)} training images in {args.data}, without labels: k-NN "
-                      "cannot be measured")
+        common.print0(f"{len(train_set)} training images in {args.data}. Without train/CLASS/* and "
+                      "val/CLASS/* k-NN is not measured")
 
     def knn_top1(vit):  # in percent, weighted k-NN on the ViT's class tokens, k = 20
         import eval_knn  # only here: training without k-NN needs common.py alone
@@ -704,6 +704,8 @@ def visualize(args, device):
     of the student: the mean of the heads, then each head.
     """
     student_file = f"{args.out}/student.pth"
+    if not Path(student_file).is_file():
+        raise common.InputError(f"there is no {student_file}: give --out of a run to --visualize")
     _, arch, _ = find_teacher(student_file, weights=None)
     image_size = arch["image_size"]
     transform = common.val_transform(image_size)
@@ -733,7 +735,7 @@ def visualize(args, device):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], usage="%(prog)s [--flag value ...]",
-        allow_abbrev=False)
+        epilog="Defaults stand in parentheses.", allow_abbrev=False)
     parser.error = common.fail  # one line, also under torchrun
 
     data = parser.add_argument_group("data")
@@ -785,7 +787,7 @@ def parse_args(argv=None):
     recipe.add_argument("--min-lr", type=common.non_negative, default=0.0,
                         help="learning rate at the end of the cosine (%(default)s)")
     recipe.add_argument("--warmup-epochs", type=common.non_negative, default=40,
-                        help="epochs of linear warm-up, at most a tenth of --epochs (%(default)s)")
+                        help="epochs of linear warm-up, cut to a tenth of --epochs (%(default)s)")
     recipe.add_argument("--weight-decay", type=common.non_negative, default=0.05,
                         help="weight decay of AdamW (%(default)s)")
     recipe.add_argument("--clip-grad", type=common.non_negative, default=0.0,
@@ -798,8 +800,8 @@ def parse_args(argv=None):
 
     run = parser.add_argument_group("run")
     run.add_argument("--amp", choices=common.DTYPES,
-                     help="precision of matrix products, off: float32 (the fastest that the device "
-                          "computes natively)")
+                     help="precision of matrix products, off is float32; without this flag the "
+                          "fastest that the device computes natively")
     run.add_argument("--compile", action="store_true",
                      help="torch.compile student and teacher: the first step is slow, later ones "
                           "are faster")

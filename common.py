@@ -450,7 +450,7 @@ def train_loader(dataset, batch_size, accum, workers, seed):
                          f"{num_chunks}")
     if batch_size > len(dataset):
         raise InputError(f"--batch-size {batch_size} is more than the {len(dataset)} training "
-                         "images")
+                         "images: lower it")
     sampler = DistributedSampler(dataset, world_size(), rank(), seed=seed, drop_last=True)
     return DataLoader(dataset, batch_size // world_size(), sampler=sampler, drop_last=True,
                       num_workers=workers, pin_memory=torch.cuda.is_available())
@@ -786,8 +786,9 @@ def open_run(out, resume, settings):
                    for name in {**before, **settings}
                    if name not in MAY_CHANGE and settings.get(name) != before.get(name)]
         if changed:
-            raise InputError(f"{last} was written with other settings: {'; '.join(changed)}")
-        print0(f"continuing the run in {out}")
+            raise InputError(f"{last} was written with other settings: {'; '.join(changed)}. For "
+                             f"other settings start a new run, perhaps with --init {out}/student.pth")
+        print0(f"continuing the run in {out}; epochs that are done: {len(checkpoint['log'])}")
     try:
         if rank() == 0:
             last.parent.mkdir(parents=True, exist_ok=True)

@@ -9,11 +9,12 @@ where CIFAR below says so. The recipe is ViTKD's version of DeiT's. DeiT itself 
 warm-up, stochastic depth 0.1 for every student, repeated augmentation and no clipping. RandAugment
 is without SolarizeAdd (torchvision has none).
 
-A CNN learns from few images; a ViT whose attention is free learns more from many. Therefore
-  - stage 1: early blocks learn the CNN's early maps (hints), the distillation token learns its
-    class. Multi-head convolutional attention (MHCA), attention with a position term, lets these
-    blocks start as convolutions;
-  - stage 2: the labels alone. The CNN does not run, and attention may leave the neighbourhood.
+A CNN learns from few images. A ViT, whose attention is free, learns more from many. Therefore
+  - stage 1: early blocks learn the CNN's early maps (hints), the distillation token learns the
+    class that the CNN sees. Multi-head convolutional attention (MHCA), attention with a position
+    term, lets these blocks start as convolutions;
+  - stage 2: only labels. The CNN does not run, and nothing keeps attention near any more: the
+    position term stays, but its weights are learned.
 DF-DearKD uses no real image: noise is optimised until the CNN sees a class in it and BatchNorm its
 usual statistics. The intra-divergence loss keeps the images of a class apart.
 
@@ -62,7 +63,7 @@ class Aligner(nn.Module):
         self.depthwise = nn.Conv2d(student_dim, student_dim, 3, padding=1, groups=student_dim)
         self.norm = nn.LayerNorm(student_dim, eps=1e-6)
         self.linear = nn.Linear(student_dim, teacher_channels)
-        self.to(memory_format=torch.channels_last)  # as tokens lie in memory: no copy is made
+        self.to(memory_format=torch.channels_last)  # as tokens lie in memory, channels last
 
     def forward(self, tokens):
         B, N, D = tokens.shape
@@ -70,7 +71,7 @@ class Aligner(nn.Module):
         x = tokens.transpose(1, 2).reshape(B, D, g, g)
         x = self.depthwise(x)                                               # (B, D, g, g)
         x = self.norm(x.permute(0, 2, 3, 1))                                # (B, g, g, D)
-        x = F.gelu(self.linear(x))                                          # (B, g, g, C_t)
+        x = F.gelu(self.linear(x))  # a CNN's stage ends in a ReLU          # (B, g, g, C_t)
         return x.permute(0, 3, 1, 2)                                        # (B, C_t, g, g)
 
 
@@ -158,18 +159,19 @@ class ConvAttention(Attention):
         """Return what is added to the logits of every image, (H, P+N, P+N)."""
         term = (self.pos_weight[:, None, None] * self.r).sum(3)             # (H, N, N), float32
         if self.training:
+            # Without the usual factor 1 / (1 - p): it would sharpen the Gaussians that stay
             draws = torch.rand(self.num_heads, 1, 1, device=term.device)
             term = term * (draws >= self.pos_dropout)
         P = self.num_prefix_tokens
         return F.pad(term, (P, 0, P, 0))                                    # (H, P+N, P+N)
 
     def forward(self, x):
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
+        B, T, D = x.shape                                                   # T = P+N tokens
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, P+N, D/H) each
         term = self.position_term().to(q.dtype)                             # (H, P+N, P+N)
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=term)         # (B, H, P+N, D/H)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
 
 class Block(nn.Module):
@@ -253,7 +255,8 @@ def resize_position(pos_embed, grid):
     The first two rows belong to the class and the distillation token. They stay.
     """
     g = math.isqrt(pos_embed.shape[1])  # the root of 2 + g*g rounds down to g
-    prefix, patches = pos_embed.tensor_split([pos_embed.shape[1] - g**2], dim=1)
+    prefix = pos_embed[:, :2]
+    patches = pos_embed[:, 2:]
     if g != grid:
         patches = patches.unflatten(1, (g, g)).permute(0, 3, 1, 2)          # (1, D, g, g)
         patches = F.interpolate(patches, (grid, grid), mode="bicubic")
@@ -429,15 +432,17 @@ def find_teacher(name, weights):
         if CNNS[name] is CifarResNet:
             raise common.InputError(f"{name} has no download: give its file as --teacher-weights")
         return models.get_model_weights(name).DEFAULT.url, name
-    if Path(name).is_file() and not weights:
-        saved = common.load_checkpoint(name)
-        if not isinstance(saved, dict) or saved.get("cnn") not in list(CNNS):
-            raise common.InputError(
-                f"{name} is no student.pth of --train-teacher. For a file of other weights, name "
-                f"the CNN, one of {', '.join(CNNS)}, and give the file as --teacher-weights")
-        return name, saved["cnn"]
-    raise common.InputError(f"no teacher {name}: choose {', '.join(CNNS)}, none, or the path of a "
-                            "student.pth of --train-teacher")
+    if not Path(name).is_file():
+        raise common.InputError(f"no teacher {name}: choose {', '.join(CNNS)}, none, or the path "
+                                "of a student.pth of --train-teacher")
+    saved = common.load_checkpoint(name)
+    cnn_name = saved.get("cnn") if isinstance(saved, dict) else None
+    if weights or cnn_name not in list(CNNS):  # a list: a file may hold what cannot be a key
+        raise common.InputError(
+            f"{name} is no name of a teacher, and no student.pth of --train-teacher alone. For a "
+            f"file of other weights choose the name, {', '.join(CNNS)}, and give the file as "
+            "--teacher-weights")
+    return name, cnn_name
 
 
 def load_teacher(name, weights=None, num_classes=1000):
@@ -559,7 +564,7 @@ def train(args, device):
     common.print_counts(train_set, val_set)
     train_batches = common.train_loader(train_set, args.batch_size, args.accum, args.workers,
                                         args.seed)
-    chunk_size = args.batch_size // (common.world_size() * args.accum)  # fits into memory
+    chunk_size = args.batch_size // (common.world_size() * args.accum)  # as large as in training
     val_batches = common.val_loader(val_set, chunk_size, args.workers)
     steps_per_epoch = len(train_batches)
 
@@ -710,7 +715,10 @@ def train(args, device):
 
 
 def train_cnn(args, device):
-    """Train the CNN args.train_teacher on the labels. Return the record of the last epoch."""
+    """Train the CNN args.train_teacher on the labels. Return the record of the last epoch.
+
+    There is no MixUp, CutMix, stochastic depth, moving average or torch.compile here.
+    """
 
     # ---- precision ----
     args.amp = args.amp or common.best_precision(device)
@@ -839,7 +847,7 @@ def intra_divergence_loss(features, labels):
     """L_bp of DF-DearKD (our reading), a scalar: spreads the images of a class up to its boundary.
 
     features: (B, D), L2-normalised here; labels: (B,). Image i is pushed away from its nearest
-    class-mate e. The farthest one, h, marks the boundary of the class and is left where it is:
+    class-mate e. The farthest one, h, marks the boundary of the class and is fixed in this term:
         L_bp = mean_i max(0, stopgrad(d_ih) - d_ie)
     The mean is over images with two class-mates or more. d is the Euclidean distance: its gradient
     does not vanish between near-copies, as that of 1 - cosine does.
@@ -948,7 +956,7 @@ def synthesize(teacher, labels, image_size, *, half_steps, steps, image_lr, beta
     for pool, num_steps in ((2, half_steps), (1, steps)):
         optimizer = torch.optim.Adam([images], image_lr, betas)
         for step in range(num_steps):
-            # ---- learning rate: warm-up over 100 steps, then cosine ----
+            # ---- learning rate: warm-up over 100 steps or a tenth of them, then cosine ----
             optimizer.param_groups[0]["lr"] = common.learning_rate(
                 step + 0.5, num_steps, image_lr, min_lr=0, warmup_epochs=100)
 
@@ -986,7 +994,7 @@ def plan_batches(num_classes, images_per_class, batch_size, seed):
 
     At least four images of a class are together, if it has so many: L_bp compares class-mates.
     """
-    # Groups of 4 to 7 images of a class, in random order of the classes
+    # Groups of 4 to 7 images of a class, or of all if there are fewer; classes in random order
     generator = np.random.default_rng(seed)
     groups = []
     for numbers in np.array_split(np.arange(images_per_class), max(1, images_per_class // 4)):
@@ -1006,7 +1014,7 @@ def plan_batches(num_classes, images_per_class, batch_size, seed):
 
 
 def open_folder(out, resume, settings, class_names):
-    """Make out/train/CLASS, or continue there. Raises InputError if the images are of others."""
+    """Make out/train/CLASS, or continue there. Never mix with images that this did not make."""
     train_folder = out / "train"
     is_ours = (out / "last.pth").exists()
     if not is_ours and train_folder.exists() and any(train_folder.iterdir()):
@@ -1098,7 +1106,7 @@ def save_whole(pixels, path, folder):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], usage="%(prog)s [--flag value ...]",
-        allow_abbrev=False)
+        epilog="Defaults stand in parentheses.", allow_abbrev=False)
     parser.error = common.fail  # one line, also under torchrun
 
     data = parser.add_argument_group("data")
@@ -1132,28 +1140,33 @@ def parse_args(argv=None):
                       help="file with the named teacher's weights, instead of a download; cifar_* "
                            "need it")
     nets.add_argument("--train-teacher", choices=CNNS, metavar="CNN",
-                      help="train this CNN on the labels: --out/student.pth is then a teacher. "
-                           "Better with --init, because from random weights it needs many images")
+                      help="train this CNN on the labels: student.pth in --out is then a teacher. "
+                           "Use --init, because from random weights it needs many images. MixUp, "
+                           "CutMix, --drop-path, --ema-decay and --compile have no effect here")
     nets.add_argument("--patch-size", type=common.positive_int, default=16,
                       help="side length of a patch in pixels (%(default)s)")
     nets.add_argument("--mhca-blocks", type=common.non_negative_int, default=4,
-                      help="how many of the first blocks have MHCA (%(default)s)")
+                      help="how many of the first blocks have attention with a position term, "
+                           "MHCA (%(default)s)")
     nets.add_argument("--pos-dropout", type=common.fraction, default=0.1,
-                      help="how often MHCA does without its position term (%(default)s)")
+                      help="probability that a head of MHCA does without its position term in a "
+                           "training step (%(default)s)")
 
     loss = parser.add_argument_group("loss")
     loss.add_argument("--stage1-epochs", type=common.non_negative_int,
-                      help="epochs with the teacher, before those with labels alone (5/6 of all)")
+                      help="epochs with the teacher; those after them have only labels (5/6 of "
+                           "all)")
     loss.add_argument("--hints", default="1:1,3:2", metavar="BLOCK:STAGE,...",
-                      help="after which block the student learns the map of which stage of the "
-                           "CNN; blocks count from 0, stages from 1; or none (%(default)s)")
+                      help="1:1 means that the tokens after block 1 learn the CNN's map after "
+                           "stage 1; blocks count from 0, stages from 1; or none (%(default)s)")
     loss.add_argument("--alpha", type=common.fraction, default=0.5,
-                      help="weight of the teacher's logits; the labels have the rest (%(default)s)")
+                      help="stage 1: weight of the loss against the teacher's class; that against "
+                           "the labels has 1 - alpha (%(default)s)")
     loss.add_argument("--beta", type=common.non_negative, default=10.0,
-                      help="weight of the hints (%(default)s)")
+                      help="stage 1: weight of the loss against the CNN's maps (%(default)s)")
     loss.add_argument("--soft", type=common.non_negative, metavar="T",
-                      help="both heads learn the teacher's distribution at this temperature, not "
-                           "its class; with --alpha 1 from it alone")
+                      help="learn the teacher's distribution at this temperature instead of its "
+                           "class, with both heads; --alpha 1 then leaves out the labels (off)")
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--batch-size", type=common.positive_int, default=1024,
@@ -1168,7 +1181,7 @@ def parse_args(argv=None):
     recipe.add_argument("--min-lr", type=common.non_negative, default=1e-5,
                         help="learning rate at the end of the cosine (%(default)s)")
     recipe.add_argument("--warmup-epochs", type=common.non_negative, default=20,
-                        help="epochs of linear warm-up, at most a tenth of --epochs (%(default)s)")
+                        help="epochs of linear warm-up, cut to a tenth of --epochs (%(default)s)")
     recipe.add_argument("--weight-decay", type=common.non_negative, default=0.05,
                         help="weight decay of AdamW (%(default)s)")
     recipe.add_argument("--clip-grad", type=common.non_negative, default=5.0,
@@ -1195,15 +1208,15 @@ def parse_args(argv=None):
                         help="seed of all random numbers (%(default)s)")
 
     free = parser.add_argument_group(
-        "no real images", "Defaults (a; b) are a up to 64 px and b above.")
+        "no real images", "Of two defaults the first is for images up to 64 px.")
 
     def both(name):
         return f"({CIFAR[name]:g}; {IMAGENET[name]:g})"
 
     free.add_argument("--synthesize", metavar="DIR",
-                      help="make images from the teacher's weights alone, in DIR/train/CLASS; to "
-                           "continue: --resume. The classes have the names of the folders in "
-                           "--val, or numbers")
+                      help="make images from the teacher's weights, in DIR/train/CLASS; --resume "
+                           "continues. Classes have the names of the folders in --val, or numbers. "
+                           "Then train with --data DIR --val FOLDER at the same --image-size")
     free.add_argument("--images-per-class", type=common.positive_int, default=100,
                       help="how many to make (%(default)s)")
     free.add_argument("--images-per-batch", type=common.positive_int, default=128,
@@ -1224,8 +1237,8 @@ def parse_args(argv=None):
 
     run = parser.add_argument_group("run")
     run.add_argument("--amp", choices=common.DTYPES,
-                     help="precision of matrix products, off: float32 (the fastest that the device "
-                          "computes natively)")
+                     help="precision of matrix products, off is float32; without this flag the "
+                          "fastest that the device computes natively")
     run.add_argument("--compile", action="store_true",
                      help="torch.compile student and teacher: the first step is slow, later ones "
                           "are faster")

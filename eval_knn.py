@@ -262,7 +262,7 @@ def run(args, device):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], usage="%(prog)s [--flag value ...]",
-        allow_abbrev=False)
+        epilog="Defaults stand in parentheses.", allow_abbrev=False)
     parser.error = common.fail  # one line, also under torchrun
 
     parser.add_argument("--weights", metavar="FILE",
@@ -290,8 +290,8 @@ def parse_args(argv=None):
     parser.add_argument("--linear", action="store_true",
                         help="train softmax regression on the features, too")
     parser.add_argument("--amp", choices=common.DTYPES,
-                        help="precision of matrix products, off: float32 (the fastest that the "
-                             "device computes natively)")
+                        help="precision of matrix products, off is float32; without this flag the "
+                             "fastest that the device computes natively")
     return parser.parse_args(argv)
 
 

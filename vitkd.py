@@ -432,7 +432,7 @@ def train(args, device):
     common.print_counts(train_set, val_set)
     train_batches = common.train_loader(train_set, args.batch_size, args.accum, args.workers,
                                         args.seed)
-    chunk_size = args.batch_size // (common.world_size() * args.accum)  # fits into memory
+    chunk_size = args.batch_size // (common.world_size() * args.accum)  # as large as in training
     val_batches = common.val_loader(val_set, chunk_size, args.workers)
     steps_per_epoch = len(train_batches)
 
@@ -588,7 +588,7 @@ def train(args, device):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], usage="%(prog)s [--flag value ...]",
-        allow_abbrev=False)
+        epilog="Defaults stand in parentheses.", allow_abbrev=False)
     parser.error = common.fail  # one line, also under torchrun
 
     data = parser.add_argument_group("data")
@@ -649,7 +649,7 @@ def parse_args(argv=None):
     recipe.add_argument("--min-lr", type=common.non_negative, default=1e-5,
                         help="learning rate at the end of the cosine (%(default)s)")
     recipe.add_argument("--warmup-epochs", type=common.non_negative, default=20,
-                        help="epochs of linear warm-up, at most a tenth of --epochs (%(default)s)")
+                        help="epochs of linear warm-up, cut to a tenth of --epochs (%(default)s)")
     recipe.add_argument("--weight-decay", type=common.non_negative, default=0.05,
                         help="weight decay of AdamW (%(default)s)")
     recipe.add_argument("--clip-grad", type=common.non_negative, default=5.0,
@@ -677,8 +677,8 @@ def parse_args(argv=None):
 
     run = parser.add_argument_group("run")
     run.add_argument("--amp", choices=common.DTYPES,
-                     help="precision of matrix products, off: float32 (the fastest that the device "
-                          "computes natively)")
+                     help="precision of matrix products, off is float32; without this flag the "
+                          "fastest that the device computes natively")
     run.add_argument("--compile", action="store_true",
                      help="torch.compile student and teacher: the first step is slow, later ones "
                           "are faster")

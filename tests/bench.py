@@ -184,7 +184,7 @@ def bench_inversion(batch_size=128, steps=2):
     plain = copy.deepcopy(teacher).to(memory_format=torch.contiguous_format)
     labels = torch.arange(batch_size, device=DEVICE) % 10
     return (f"DeepInversion, cifar_resnet56, 32 px, batch {batch_size}", steps * batch_size, *(
-        partial(dearkd.synthesize, cnn, labels, 32, autocast=partial(autocast, way),
+        partial(dearkd.synthesize, cnn, labels, 32, autocast=autocast(way),
                 **{**dearkd.CIFAR, "steps": steps})
         for cnn, way in ((plain, "plain"), (teacher, "ours"))))
 

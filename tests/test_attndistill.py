@@ -418,7 +418,7 @@ def test_photos_without_labels_train_without_knn(kind, count, teacher, photos, t
         shutil.copy(photos / "val" / "ant" / "000.jpg", data / "val")
     main(*TINY, "--data", data, "--teacher", teacher, "--epochs", 1, "--out", tmp_path / "out")
     out = capsys.readouterr().out
-    assert f"{count} training images in {data}, without labels: k-NN cannot be measured" in out
+    assert f"{count} training images in {data}. Without train/CLASS/* and val/CLASS/* " in out
     record, = records(tmp_path / "out")
     assert record["alignment"] > 0
     assert "knn20" not in record
@@ -439,7 +439,7 @@ def test_photos_at_any_depth_without_hidden_and_broken_ones(teacher, photos, tmp
     assert "1 files below" in out and ".txt" in out
     assert err.count("WARNING: unreadable image") == 1 and "broken.jpg" in err
     few = error_of("attndistill", *words, "--data-fraction", 0.1, "--out", tmp_path / "b")
-    assert few == "--batch-size 16 is more than the 6 training images"
+    assert few == "--batch-size 16 is more than the 6 training images: lower it"
     (tmp_path / "empty").mkdir()
     none = error_of("attndistill", *words, "--data", tmp_path / "empty", "--out", tmp_path / "c")
     assert "there are no images below" in none

@@ -59,7 +59,7 @@ def test_a_step_has_the_same_images_for_any_number_of_processes(
 @pytest.mark.parametrize("batch_size, accum, processes, message", [
     (6, 4, 1, "--batch-size 6 is not divisible by processes x --accum = 4"),
     (6, 2, 2, "--batch-size 6 is not divisible by processes x --accum = 4"),
-    (24, 1, 2, "--batch-size 24 is more than the 20 training images"),
+    (24, 1, 2, "--batch-size 24 is more than the 20 training images: lower it"),
 ])
 def test_a_batch_that_cannot_be_divided_or_filled_is_refused(
         batch_size, accum, processes, message, monkeypatch):

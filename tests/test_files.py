@@ -252,15 +252,16 @@ def test_weights_of_any_precision_are_read_as_float32(reader, dtype, images, tmp
     check(reader, tmp_path / "x.pth", weights, images)
 
 
-def test_the_position_embedding_of_a_half_precision_file_is_resized(tmp_path):
-    """Some operations refuse half precision on a CPU."""
-    weights = {name: tensor.half() for name, tensor in vit_weights().items()}
+def test_what_is_computed_from_half_precision_weights_is_not_rounded(tmp_path):
+    """LayerScale is folded, the statistics too, and the position embedding is resized."""
+    weights = scaled(patch_size=4, grid=8)
+    weights = {name: tensor.half() for name, tensor in weights.items()}
     torch.save(weights, tmp_path / "x.pth")
-    teacher = vitkd.load_teacher("deit_t", tmp_path / "x.pth", 9, image_size=48)
-    images = torch.randn(2, 3, 48, 48)
-    assert teacher.pos_embed.dtype == torch.float32
-    torch.testing.assert_close(teacher(images).double(), vit_logits(weights, images),
-                               rtol=1e-4, atol=1e-4)
+    teacher = vitkd.load_teacher("augreg_t16", tmp_path / "x.pth", 9, image_size=48)
+    pixels = torch.rand(2, 3, 48, 48).double()
+    found = teacher.double()(normalised(pixels, common.MEAN, common.STD))
+    expected = vit_logits(weights, normalised(pixels, [0.5] * 3, [0.5] * 3))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "last.ckpt", "weights", "best.pth.tar"])
@@ -1005,7 +1006,8 @@ def test_resume_after_a_class_was_added_is_refused(messy, photos, tmp_path):
     shutil.copytree(photos / "train" / "ant", tmp_path / "photos" / "train" / "dog")
     message = error_of("vitkd", *messy.words, "--data", tmp_path / "photos", "--resume")
     assert message == (f"{messy.out}/last.pth was written with other settings: num_classes 4, "
-                       "before 3")
+                       "before 3. For other settings start a new run, perhaps with --init "
+                       f"{messy.out}/student.pth")
 
 
 def test_our_own_last_pth_gives_the_student(messy):

@@ -72,6 +72,9 @@ def test_a_run_and_what_it_leaves(script, teacher, tmp_path, capsys):
         assert record["lr"] == pytest.approx(
             common.learning_rate(record["epoch"], *schedule), abs=1e-9)
 
+    groups = common.load_checkpoint(tmp_path / "run" / "last.pth")["optimizer"]["param_groups"]
+    assert {group["lr"] for group in groups} == {log[-1]["lr"]}  # the optimiser has this rate, too
+
     # Its files
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "last.pth", "student.pth", "log.jsonl", "args.json"}
@@ -268,7 +271,8 @@ def test_resume_refuses_other_settings_and_finished_runs_stay(teacher, tmp_path)
     assert error_of("vitkd", *words) == (
         f"{tmp_path}/run already holds a run: add --resume, or choose another folder")
     assert error_of("vitkd", *words, "--resume", "--lr", 0.5, "--no-nkd") == (
-        f"{last} was written with other settings: no_nkd True, before False; lr 0.5, before 0.001")
+        f"{last} was written with other settings: no_nkd True, before False; lr 0.5, before 0.001. "
+        f"For other settings start a new run, perhaps with --init {tmp_path}/run/student.pth")
     before = last.read_bytes(), student(tmp_path / "run")
     main("vitkd", *words, "--resume", "--workers", 2)  # finished: nothing is left to do
     assert last.read_bytes() == before[0]
@@ -520,6 +524,19 @@ def test_wrong_input_is_one_line(
     assert len(end.value.code.splitlines()) == 1
     assert "error" not in capfd.readouterr().err
     assert not (tmp_path / "out" / "student.pth").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_bug_keeps_its_traceback(script, monkeypatch):
+    """Only wrong input becomes one line."""
+    module = importlib.import_module(script)
+
+    def train(args, device):
+        raise KeyError("a bug")
+
+    monkeypatch.setattr(module, "train", train)
+    with pytest.raises(KeyError, match="a bug"):
+        main(script, "--data", "shapes")
 
 
 # ------------------------------------------------------------------ long tests
