@@ -872,8 +872,7 @@ def main(argv=None):
             train(args, device)
     except common.InputError as error:
         common.fail(error)
-    if common.world_size() > 1:
-        torch.distributed.destroy_process_group()
+    common.leave_processes()
 
 
 if __name__ == "__main__":

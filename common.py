@@ -78,6 +78,16 @@ def init_processes():
     return device
 
 
+def leave_processes():
+    """Leave torchrun's group, if there is one."""
+    if dist.is_initialized():
+        # On CPUs torch 2.6 hangs in the last line, which holds Python's lock, if a thread of gloo
+        # still needs this lock to free the last sum's tensor. Sleeping lets go of the lock. A
+        # barrier is not enough.
+        time.sleep(0.1)
+        dist.destroy_process_group()
+
+
 def first_on_each_machine(download):
     """Call download() in one process of each machine. The others wait until it is done."""
     if LOCAL_RANK == 0:
@@ -786,8 +796,9 @@ def open_run(out, resume, settings):
                    for name in {**before, **settings}
                    if name not in MAY_CHANGE and settings.get(name) != before.get(name)]
         if changed:
-            raise InputError(f"{last} was written with other settings: {'; '.join(changed)}. For "
-                             f"other settings start a new run, perhaps with --init {out}/student.pth")
+            raise InputError(
+                f"{last} was written with other settings: {'; '.join(changed)}. For other settings "
+                f"start a new run, perhaps with --init {out}/student.pth")
         print0(f"continuing the run in {out}; epochs that are done: {len(checkpoint['log'])}")
     try:
         if rank() == 0:

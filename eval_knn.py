@@ -302,8 +302,7 @@ def main(argv=None):
         run(args, device)
     except common.InputError as error:
         common.fail(error)
-    if common.world_size() > 1:
-        dist.destroy_process_group()
+    common.leave_processes()
 
 
 if __name__ == "__main__":

@@ -326,7 +326,7 @@ def test_an_unreadable_image_is_named_once_in_all_epochs_and_workers(
 def test_a_data_set_without_a_readable_image_is_one_error(workers, half_unreadable):
     dataset = common.Images(half_unreadable, range(8, 24), v2.PILToTensor())
     with pytest.raises(common.InputError) as error:
-        list(DataLoader(dataset, 4, num_workers=workers))
+        list(DataLoader(dataset, 16, num_workers=workers))
     with pytest.raises(SystemExit) as end:
         common.fail(error.value)  # also without the traceback of the worker
     assert re.fullmatch(

@@ -447,7 +447,7 @@ def test_wrong_teachers_say_what_is_wrong(name, content, message, tmp_path):
 
 
 def test_a_path_must_be_of_train_teacher(teacher):
-    with pytest.raises(common.InputError, match="no student.pth of --train-teacher alone. For a file"):
+    with pytest.raises(common.InputError, match="no student.pth of --train-teacher alone"):
         dearkd.load_teacher(str(teacher))
     with pytest.raises(common.InputError, match="the teacher has 10 classes, the data 7"):
         dearkd.load_teacher(str(cnn_beside(teacher)), num_classes=7)
