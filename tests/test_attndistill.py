@@ -349,11 +349,10 @@ def main(*words):
     attndistill.main([str(word) for word in words])
 
 
-@pytest.mark.parametrize("lambda_a, amp", [("0", "off"), ("0.1", "bf16")])
-def test_a_run_measures_knn_of_student_and_teacher(
-        lambda_a, amp, teacher, photos, tmp_path, capsys):
-    main(*TINY, "--data", photos, "--teacher", teacher, "--epochs", 3, "--eval-every", 2, "--amp",
-         amp, "--lambda-a", lambda_a, "--out", tmp_path)
+@pytest.mark.parametrize("lambda_a", ["0", "0.1"])
+def test_a_run_measures_knn_of_student_and_teacher(lambda_a, teacher, photos, tmp_path, capsys):
+    main(*TINY, "--data", photos, "--teacher", teacher, "--epochs", 3, "--eval-every", 2,
+         "--lambda-a", lambda_a, "--out", tmp_path)
     log = records(tmp_path)
     assert log[-1]["alignment"] < log[0]["alignment"]
     assert all(("guidance" in record) == (lambda_a != "0") for record in log)
@@ -361,7 +360,7 @@ def test_a_run_measures_knn_of_student_and_teacher(
     assert ["teacher_knn20" in record for record in log] == [False, False, True]
     # The k-NN of training is eval_knn.py's
     eval_knn.main(["--weights", f"{tmp_path}/student.pth", "--data", str(photos), "--workers", "0",
-                   "--amp", amp, "--batch-size", "16"])
+                   "--amp", "off", "--batch-size", "16"])
     assert f"k = 20   top-1 {log[-1]['knn20']:6.2f} %" in capsys.readouterr().out
 
 

@@ -334,6 +334,7 @@ def test_a_data_set_without_a_readable_image_is_one_error(workers, half_unreadab
         r"\S+: it is not an image that Pillow knows", str(end.value))
 
 
+@pytest.mark.slow
 def test_spawned_workers_give_the_images_of_the_process_itself(
         half_unreadable, capfd, monkeypatch):
     """As on a Mac and on Windows, where workers are not forked, with another salt for hash()."""
