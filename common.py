@@ -293,7 +293,8 @@ class Images(Dataset):
                 problem = error
             if not self.named[index]:
                 self.named[index] = True
-                print(f"WARNING: {problem}", file=sys.stderr, flush=True)
+                # In one piece with its end, as other workers print at the same time
+                sys.stderr.write(f"WARNING: {problem}\n")
             if not self.replace_unreadable:
                 return Image.new("RGB", (8, 8)), -1
             # A random one: the next one would be seen twice as often, and after a whole block of
