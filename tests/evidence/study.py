@@ -1,12 +1,13 @@
 """Make the runs on real images, and fill the tables of both READMEs.
 
-    python tests/evidence/study.py run [PART OF A NAME]   # what has no line in results.jsonl yet
-    python tests/evidence/study.py tables                 # from results.jsonl alone
+    python tests/evidence/study.py run [PART OF A NAME [CACHE]]   # what has no line in results.jsonl
+    python tests/evidence/study.py tables                         # from results.jsonl alone
 
 A run is one row of a table below with one seed. Its name is TABLE/ROW, as "vitkd/ViTKD + NKD". A
 finished run is one line of results.jsonl and a folder out/study/TABLE-ROW NUMBER-SEED. A failed run
 leaves what it printed in out/study/TABLE-ROW NUMBER-SEED.err. Two runs go at a time, each on one
-core. To measure a run again, delete its line.
+core. To measure a run again, delete its line. CACHE is a folder in which runs keep what their
+teachers say, for the next runs with the same images: see cached_teacher.py.
 
 To add a row, append it to its table in TABLES. Append it at the end: folders carry the row's
 number, counted from 0. For a new table, put `<!-- study NAME -->` and `<!-- end -->` into a README.
@@ -51,18 +52,26 @@ SHORT = "--student micro --batch-size 128 --lr 1e-3 --workers 1 --eval-every 100
 
 CIFAR = "--data data/cifar10 --image-size 32"
 CIFAR_FIFTH = f"{CIFAR} --data-fraction 0.2"  # 10,000 images
+CIFAR_LARGE = "--data data/cifar10 --image-size 112 --patch-size 16"
 TINY = "--data data/tiny_imagenet20 --image-size 64"
 TINY_LARGE = "--data data/tiny_imagenet20 --image-size 224 --patch-size 16"
 
 CIFAR_VIT = f"--teacher {OUT}/cifar-vit/student.pth"
 TINY_VIT = f"--teacher {OUT}/tiny-vit/student.pth"
 TINY_CNN = f"--teacher {OUT}/tiny-cnn/student.pth"
+CIFAR_DEIT = f"--teacher {OUT}/cifar-deit/student.pth"
 CIFAR_CNN = "--teacher cifar_resnet56 --teacher-weights data/cifar_resnet56.pth"
 IMAGENET_VIT = "--teacher vit_t16 --teacher-weights data/deit_tiny_imagenet.pth"
 IMAGENET_VIT_20 = "--teacher deit_t --teacher-weights data/deit_tiny_20.pth"
 
 VITKD = f"vitkd.py {SHORT} {LIGHT}"
 ATTN = f"attndistill.py {SHORT}"
+# All 50,000 images. Half the usual batch gives twice the steps.
+ALL = "--student micro --batch-size 64 --lr 1e-3 --epochs 3 --workers 1 --eval-every 100"
+WEAK = "--crop-scale 0.5 --mixup 0 --cutmix 0 --rand-augment 0 --random-erasing 0"
+ALL_VITKD = f"vitkd.py {CIFAR_LARGE} {WEAK} {ALL}"
+BESIDE_TIMM = "tests/evidence/beside_timm.py"  # its defaults are those of ALL_VITKD
+ALL_ATTN = f"attndistill.py {CIFAR_LARGE} --crop-scale 0.5 {ALL}"
 STAGES = "--epochs 6 --stage1-epochs 5"
 DEARKD = f"dearkd.py {SHORT} {LIGHT} --patch-size 4 {STAGES} {CIFAR_FIFTH}"
 TINY_DEARKD = f"dearkd.py {SHORT} {LIGHT} --patch-size 8 {STAGES} {TINY}"
@@ -76,6 +85,9 @@ FINE_TUNE = (f"{SHORT} {LIGHT} --data data/cifar10 --data-fraction 0.1 --patch-s
 TEACHERS = {
     "cifar-vit": (0, f"vitkd.py {CIFAR} {LIGHT} --teacher none --student deit_t --patch-size 8 "
                      "--batch-size 128 --lr 8e-4 --epochs 6 --workers 1"),
+    "cifar-deit": (0, f"vitkd.py --data data/cifar10 --image-size 112 {WEAK} --teacher none "
+                      "--student deit_t --init data/deit_tiny_imagenet.pth --batch-size 128 "
+                      "--lr 1e-4 --epochs 3 --workers 1 --eval-every 100"),
     "tiny-vit": (0, f"vitkd.py {TINY} {LIGHT} --teacher none --student deit_t --patch-size 16 "
                     "--batch-size 128 --lr 8e-4 --epochs 12 --workers 1"),
     "tiny-cnn": (0, f"dearkd.py {TINY} {LIGHT} --train-teacher resnet18 --batch-size 128 "
@@ -128,7 +140,27 @@ TABLES = {
         "10 % of CIFAR-10's labels alone": f"vitkd.py {FINE_TUNE} --image-size 32",
         "DearKD on Tiny-ImageNet-20, then 10 % of CIFAR-10":
             f"dearkd.py {FINE_TUNE} --image-size 64 --init {OUT}/dearkd-tiny-3-SEED/student.pth",
-        "10 % of CIFAR-10 alone, at 64 px": f"dearkd.py {FINE_TUNE} --image-size 64"}}
+        "10 % of CIFAR-10 alone, at 64 px": f"dearkd.py {FINE_TUNE} --image-size 64"},
+    "cifar-vitkd": {
+        "alone": f"{ALL_VITKD} --teacher none",
+        "NKD": f"{ALL_VITKD} {CIFAR_DEIT} --alpha 0 --beta 0",
+        "ViTKD": f"{ALL_VITKD} {CIFAR_DEIT} --no-nkd",
+        "ViTKD + NKD": f"{ALL_VITKD} {CIFAR_DEIT}",
+        "ViTKD's generation alone": f"{ALL_VITKD} {CIFAR_DEIT} --no-nkd --alpha 0",
+        "ViTKD's mimicking alone": f"{ALL_VITKD} {CIFAR_DEIT} --no-nkd --beta 0"},
+    "cifar-attndistill": {
+        "ImageNet teacher, projector alignment": f"{ALL_ATTN} {IMAGENET_VIT} --lambda-a 0",
+        "ImageNet teacher, + attention guidance": f"{ALL_ATTN} {IMAGENET_VIT}",
+        "fine-tuned teacher, projector alignment": f"{ALL_ATTN} {CIFAR_DEIT} --lambda-a 0",
+        "fine-tuned teacher, + attention guidance": f"{ALL_ATTN} {CIFAR_DEIT}"},
+    "cifar-timm": {  # with timm 1.0.31
+        "soft KL, T = 2": f"{BESIDE_TIMM} train {CIFAR_DEIT} --temperature 2",
+        "soft KL, T = 4": f"{BESIDE_TIMM} train {CIFAR_DEIT} --temperature 4"}}
+
+# Rows with fewer seeds than SEEDS
+FEWER_SEEDS = {
+    "cifar-vitkd/ViTKD's generation alone": (0, 1),
+    "cifar-vitkd/ViTKD's mimicking alone": (0, 1)}
 
 # The top README's table: {text: (table, row without the method, row with it)}
 SUMMARY = {
@@ -168,11 +200,14 @@ def all_runs():
         runs[folder] = Run(f"teacher/{folder}", seed, f"{command} --seed {seed}", folder, stage=0)
     for table, rows in TABLES.items():
         stage = 2 if table == "downstream" else 1
-        for number, (row, command) in enumerate(rows.items()):
-            for seed in SEEDS:
+        for seed in SEEDS:  # the rows of a seed in turn: they can share a cache
+            for number, (row, command) in enumerate(rows.items()):
+                name = f"{table}/{row}"
+                if seed not in FEWER_SEEDS.get(name, SEEDS):
+                    continue
                 folder = f"{table}-{number}-{seed}"
                 command_of_seed = f"{command.replace('SEED', str(seed))} --seed {seed}"
-                runs[folder] = Run(f"{table}/{row}", seed, command_of_seed, folder, stage)
+                runs[folder] = Run(name, seed, command_of_seed, folder, stage)
     return runs
 
 
@@ -223,7 +258,7 @@ def read_epochs(log):
     return epochs
 
 
-def make(run):
+def make(run, cache=None):
     """Run a script on one core. Return its line, or None if it failed."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
                             capture_output=True, check=True).stdout.strip()
@@ -231,8 +266,11 @@ def make(run):
     # The folder gets its name at the end, so that an interrupted run is not taken for a teacher
     unfinished = f"{OUT}/{run.folder}.unfinished"
     shutil.rmtree(ROOT / unfinished, ignore_errors=True)
-    done = subprocess.run([sys.executable, *shlex.split(run.command), "--out", unfinished],
-                          cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+    command = [*shlex.split(run.command), "--out", unfinished]
+    if cache:
+        command = ["tests/evidence/cached_teacher.py", cache, *command]
+    done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"},
                           stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if done.returncode != 0:
         (ROOT / OUT).mkdir(parents=True, exist_ok=True)
@@ -253,12 +291,12 @@ def make(run):
         "epochs": read_epochs(out / "log.jsonl")}
 
 
-def make_all(part):
+def make_all(part, cache=None):
     """Make the chosen runs, two at a time, and append the line of each as it ends."""
     chosen = runs_to_make(part)
     for stage in (0, 1, 2):
         with ThreadPoolExecutor(max_workers=2) as pool:
-            futures = [pool.submit(make, run) for run in chosen if run.stage == stage]
+            futures = [pool.submit(make, run, cache) for run in chosen if run.stage == stage]
             for future in as_completed(futures):
                 line = future.result()
                 if line:
@@ -346,7 +384,9 @@ if __name__ == "__main__":
         lines = read_results()
         fill(ROOT / "README.md", lines)
         fill(Path(__file__).with_name("README.md"), lines)
-    elif arguments[:1] == ["run"] and len(arguments) <= 2:
-        make_all(arguments[1] if len(arguments) == 2 else "")
+    elif arguments[:1] == ["run"] and len(arguments) <= 3:
+        part = arguments[1] if len(arguments) > 1 else ""
+        cache = arguments[2] if len(arguments) > 2 else None
+        make_all(part, cache)
     else:
         sys.exit(__doc__)
