@@ -70,6 +70,14 @@ ATTN = f"attndistill.py {SHORT}"
 ALL = "--student micro --batch-size 64 --lr 1e-3 --epochs 3 --workers 1 --eval-every 100"
 WEAK = "--crop-scale 0.5 --mixup 0 --cutmix 0 --rand-augment 0 --random-erasing 0"
 ALL_VITKD = f"vitkd.py {CIFAR_LARGE} {WEAK} {ALL}"
+# 600 steps of 32 images, and 780 steps of 64
+ONE_PERCENT = (f"vitkd.py {CIFAR_LARGE} {WEAK} --teacher none --student micro --data-fraction 0.01 "
+               "--batch-size 32 --epochs 40 --lr 1e-3 --workers 1 --eval-every 100")
+TEN_PERCENT = (f"vitkd.py {CIFAR_LARGE} {WEAK} --teacher none --student micro --data-fraction 0.1 "
+               "--batch-size 64 --epochs 10 --lr 1e-3 --workers 1 --eval-every 100")
+ALIGNED = f"{OUT}/cifar-attndistill-0-SEED/student.pth"
+GUIDED = f"{OUT}/cifar-attndistill-1-SEED/student.pth"
+PROBE = "eval_knn.py --data data/cifar10 --linear --workers 1"
 BESIDE_TIMM = "tests/evidence/beside_timm.py"  # its defaults are those of ALL_VITKD
 ALL_ATTN = f"attndistill.py {CIFAR_LARGE} --crop-scale 0.5 {ALL}"
 STAGES = "--epochs 6 --stage1-epochs 5"
@@ -152,15 +160,43 @@ TABLES = {
         "ImageNet teacher, projector alignment": f"{ALL_ATTN} {IMAGENET_VIT} --lambda-a 0",
         "ImageNet teacher, + attention guidance": f"{ALL_ATTN} {IMAGENET_VIT}",
         "fine-tuned teacher, projector alignment": f"{ALL_ATTN} {CIFAR_DEIT} --lambda-a 0",
-        "fine-tuned teacher, + attention guidance": f"{ALL_ATTN} {CIFAR_DEIT}"},
+        "fine-tuned teacher, + attention guidance": f"{ALL_ATTN} {CIFAR_DEIT}",
+        "ImageNet teacher, lambda_a = 0.03": f"{ALL_ATTN} {IMAGENET_VIT} --lambda-a 0.03",
+        "ImageNet teacher, lambda_a = 0.3": f"{ALL_ATTN} {IMAGENET_VIT} --lambda-a 0.3",
+        # A later flag wins: 4 x 4 patches of 28 pixels beside the teacher's 7 x 7
+        "ImageNet teacher, student of 4 x 4 patches, projector alignment":
+            f"{ALL_ATTN} {IMAGENET_VIT} --patch-size 28 --lambda-a 0",
+        "ImageNet teacher, student of 4 x 4 patches, + attention guidance":
+            f"{ALL_ATTN} {IMAGENET_VIT} --patch-size 28"},
+    "cifar-probe": {  # a linear probe of the students of cifar-attndistill
+        "ImageNet teacher, projector alignment": f"{PROBE} --weights {ALIGNED}",
+        "ImageNet teacher, + attention guidance": f"{PROBE} --weights {GUIDED}",
+        "fine-tuned teacher, projector alignment":
+            f"{PROBE} --weights {OUT}/cifar-attndistill-2-SEED/student.pth",
+        "fine-tuned teacher, + attention guidance":
+            f"{PROBE} --weights {OUT}/cifar-attndistill-3-SEED/student.pth"},
+    "cifar-labels": {  # the students of cifar-attndistill, fine-tuned
+        "1 % of the labels, random weights": ONE_PERCENT,
+        "1 %, after projector alignment": f"{ONE_PERCENT} --init {ALIGNED}",
+        "1 %, after + attention guidance": f"{ONE_PERCENT} --init {GUIDED}",
+        "10 % of the labels, random weights": TEN_PERCENT,
+        "10 %, after projector alignment": f"{TEN_PERCENT} --init {ALIGNED}",
+        "10 %, after + attention guidance": f"{TEN_PERCENT} --init {GUIDED}"},
     "cifar-timm": {  # with timm 1.0.31
         "soft KL, T = 2": f"{BESIDE_TIMM} train {CIFAR_DEIT} --temperature 2",
         "soft KL, T = 4": f"{BESIDE_TIMM} train {CIFAR_DEIT} --temperature 4"}}
 
+# Tables whose runs read students of other tables
+READ_STUDENTS = ("downstream", "cifar-probe", "cifar-labels")
+
 # Rows with fewer seeds than SEEDS
 FEWER_SEEDS = {
     "cifar-vitkd/ViTKD's generation alone": (0, 1),
-    "cifar-vitkd/ViTKD's mimicking alone": (0, 1)}
+    "cifar-vitkd/ViTKD's mimicking alone": (0, 1),
+    "cifar-attndistill/ImageNet teacher, lambda_a = 0.03": (0,),
+    "cifar-attndistill/ImageNet teacher, lambda_a = 0.3": (0,),
+    "cifar-attndistill/ImageNet teacher, student of 4 x 4 patches, projector alignment": (0,),
+    "cifar-attndistill/ImageNet teacher, student of 4 x 4 patches, + attention guidance": (0,)}
 
 # The top README's table: {text: (table, row without the method, row with it)}
 SUMMARY = {
@@ -199,14 +235,16 @@ def all_runs():
     for folder, (seed, command) in TEACHERS.items():
         runs[folder] = Run(f"teacher/{folder}", seed, f"{command} --seed {seed}", folder, stage=0)
     for table, rows in TABLES.items():
-        stage = 2 if table == "downstream" else 1
+        stage = 2 if table in READ_STUDENTS else 1
         for seed in SEEDS:  # the rows of a seed in turn: they can share a cache
             for number, (row, command) in enumerate(rows.items()):
                 name = f"{table}/{row}"
                 if seed not in FEWER_SEEDS.get(name, SEEDS):
                     continue
                 folder = f"{table}-{number}-{seed}"
-                command_of_seed = f"{command.replace('SEED', str(seed))} --seed {seed}"
+                command_of_seed = command.replace("SEED", str(seed))
+                if not command.startswith("eval_knn.py"):  # it draws nothing at random
+                    command_of_seed += f" --seed {seed}"
                 runs[folder] = Run(name, seed, command_of_seed, folder, stage)
     return runs
 
@@ -231,7 +269,7 @@ def runs_to_make(part):
     for run in runs.values():
         if part in run.name and (run.name, run.seed) not in results:
             chosen.append(run)
-    for run in chosen:  # the list grows on the way: a student that is read needs its teacher
+    for run in chosen:  # the list grows on the way: a student that is read needs its teacher, too
         for folder in re.findall(rf"{OUT}/([\w-]+)/student\.pth", run.command):
             exists = (ROOT / OUT / folder / "student.pth").exists()
             if not exists and runs[folder] not in chosen:
@@ -258,6 +296,13 @@ def read_epochs(log):
     return epochs
 
 
+def read_probe(text):
+    """Return the record of what eval_knn.py prints."""
+    knn20 = re.search(r"k = 20 +top-1 +([\d.]+)", text)
+    linear = re.search(r"linear probe +top-1 +([\d.]+)", text)
+    return {"top1": float(linear[1]), "knn20": float(knn20[1])}
+
+
 def make(run, cache=None):
     """Run a script on one core. Return its line, or None if it failed."""
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True,
@@ -266,7 +311,10 @@ def make(run, cache=None):
     # The folder gets its name at the end, so that an interrupted run is not taken for a teacher
     unfinished = f"{OUT}/{run.folder}.unfinished"
     shutil.rmtree(ROOT / unfinished, ignore_errors=True)
-    command = [*shlex.split(run.command), "--out", unfinished]
+    is_probe = run.command.startswith("eval_knn.py")  # the only script without --out and --seed
+    command = shlex.split(run.command)
+    if not is_probe:
+        command += ["--out", unfinished]
     if cache:
         command = ["tests/evidence/cached_teacher.py", cache, *command]
     done = subprocess.run([sys.executable, *command], cwd=ROOT, text=True,
@@ -277,9 +325,13 @@ def make(run, cache=None):
         (ROOT / OUT / f"{run.folder}.err").write_text(f"$ python {run.command}\n{done.stdout}")
         print(f"{run.name}, seed {run.seed}: failed, see {OUT}/{run.folder}.err", flush=True)
         return None
-    out = ROOT / OUT / run.folder
-    shutil.rmtree(out, ignore_errors=True)  # of a run whose line was deleted
-    (ROOT / unfinished).rename(out)
+    if is_probe:
+        epochs = [read_probe(done.stdout)]
+    else:
+        out = ROOT / OUT / run.folder
+        shutil.rmtree(out, ignore_errors=True)  # of a run whose line was deleted
+        (ROOT / unfinished).rename(out)
+        epochs = read_epochs(out / "log.jsonl")
     return {
         "name": run.name,
         "seed": run.seed,
@@ -288,7 +340,7 @@ def make(run, cache=None):
         "cpu": cpu_model(),
         "date": date,
         "versions": {"torch": version("torch"), "torchvision": version("torchvision")},
-        "epochs": read_epochs(out / "log.jsonl")}
+        "epochs": epochs}
 
 
 def make_all(part, cache=None):
