@@ -75,6 +75,11 @@ ONE_PERCENT = (f"vitkd.py {CIFAR_LARGE} {WEAK} --teacher none --student micro --
                "--batch-size 32 --epochs 40 --lr 1e-3 --workers 1 --eval-every 100")
 TEN_PERCENT = (f"vitkd.py {CIFAR_LARGE} {WEAK} --teacher none --student micro --data-fraction 0.1 "
                "--batch-size 64 --epochs 10 --lr 1e-3 --workers 1 --eval-every 100")
+CIFAR_CNN_JPEG = f"--teacher {OUT}/cifar-cnn/student.pth"
+CURVE = (f"dearkd.py {CIFAR} --patch-size 4 {LIGHT} --student micro --batch-size 64 --lr 1e-3 "
+         "--epochs 10 --stage1-epochs 8 --workers 1 --eval-every 100")
+ALONE = "--teacher none --mhca-blocks 0"
+HALF = f"{CURVE} --data-fraction 0.5"
 ALIGNED = f"{OUT}/cifar-attndistill-0-SEED/student.pth"
 GUIDED = f"{OUT}/cifar-attndistill-1-SEED/student.pth"
 PROBE = "eval_knn.py --data data/cifar10 --linear --workers 1"
@@ -100,6 +105,9 @@ TEACHERS = {
                     "--batch-size 128 --lr 8e-4 --epochs 12 --workers 1"),
     "tiny-cnn": (0, f"dearkd.py {TINY} {LIGHT} --train-teacher resnet18 --batch-size 128 "
                     "--lr 2e-3 --epochs 10 --workers 1"),
+    "cifar-cnn": (0, f"dearkd.py {CIFAR} {LIGHT} --train-teacher cifar_resnet56 "
+                     "--init data/cifar_resnet56.pth --batch-size 128 --lr 1e-3 --epochs 3 "
+                     "--workers 1 --eval-every 100"),
     # It teaches nobody: judge_images.py asks it what it sees in made images
     "verifier": (1, f"dearkd.py {CIFAR} {LIGHT} --train-teacher cifar_resnet20 --batch-size 128 "
                     "--lr 2e-3 --epochs 4 --workers 1")}
@@ -182,6 +190,25 @@ TABLES = {
         "10 % of the labels, random weights": TEN_PERCENT,
         "10 %, after projector alignment": f"{TEN_PERCENT} --init {ALIGNED}",
         "10 %, after + attention guidance": f"{TEN_PERCENT} --init {GUIDED}"},
+    "dearkd-curve": {
+        "10 % of the images, alone": f"{CURVE} --data-fraction 0.1 {ALONE}",
+        "10 %, DearKD": f"{CURVE} --data-fraction 0.1 {CIFAR_CNN_JPEG}",
+        "25 %, alone": f"{CURVE} --data-fraction 0.25 {ALONE}",
+        "25 %, DearKD": f"{CURVE} --data-fraction 0.25 {CIFAR_CNN_JPEG}",
+        "100 %, alone": f"{CURVE} {ALONE}",
+        "100 %, DearKD": f"{CURVE} {CIFAR_CNN_JPEG}"},
+    "dearkd-half": {  # half of the images, also a point of the curve
+        "alone": f"{HALF} {ALONE}",
+        "DearKD": f"{HALF} {CIFAR_CNN_JPEG}",
+        "the CNN's class": f"{HALF} {CIFAR_CNN_JPEG} --hints none --mhca-blocks 0",
+        "the CNN's logits, T = 1": f"{HALF} {CIFAR_CNN_JPEG} --hints none --mhca-blocks 0 --soft 1",
+        "the CNN's logits, T = 4": f"{HALF} {CIFAR_CNN_JPEG} --hints none --mhca-blocks 0 --soft 4",
+        "the CNN's class + early hints": f"{HALF} {CIFAR_CNN_JPEG} --mhca-blocks 0",
+        "the CNN's class + MHCA": f"{HALF} {CIFAR_CNN_JPEG} --hints none",
+        "DearKD, first-middle-last hints": f"{HALF} {CIFAR_CNN_JPEG} --hints 0:1,3:2,5:3",
+        "DearKD, later hints": f"{HALF} {CIFAR_CNN_JPEG} --hints 1:2,3:3",
+        "DearKD, one stage": f"{HALF} {CIFAR_CNN_JPEG} --stage1-epochs 10",
+        "DearKD, T = 4": f"{HALF} {CIFAR_CNN_JPEG} --soft 4"},
     "cifar-timm": {  # with timm 1.0.31
         "soft KL, T = 2": f"{BESIDE_TIMM} train {CIFAR_DEIT} --temperature 2",
         "soft KL, T = 4": f"{BESIDE_TIMM} train {CIFAR_DEIT} --temperature 4"}}
