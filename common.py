@@ -342,7 +342,11 @@ def class_folders(folder):
 
 
 class Shapes(Dataset):
-    """Flowers of random colours with 0, 2, 3, 4 or 5 petals, filled or hollow: ten classes."""
+    """Flowers with 0, 2, 3, 4 or 5 petals, filled or hollow: ten classes.
+
+    Size, place and colours are random. A flower is brighter than its background, and stands upright:
+    so a ViT learns the classes in a minute.
+    """
 
     def __init__(self, length, image_size, seed):
         self.image_size = image_size
@@ -359,22 +363,22 @@ class Shapes(Dataset):
         petals = (0, 2, 3, 4, 5)[label // 2]
         hollow = label % 2 == 1
         generator = torch.Generator().manual_seed(seed_of(self.seed, index))
-        size, tilt, left, top = torch.rand(4, generator=generator).tolist()
+        size, left, top = torch.rand(3, generator=generator).tolist()
         ground, contrast = torch.rand(2, 3, generator=generator)            # (3,) each: colours
 
-        # The edge in polar coordinates: r = size * (1 + 0.4 cos(petals * angle + tilt))
+        # The edge in polar coordinates: r = size * (1 + 0.4 cos(petals * angle))
         axis = torch.linspace(-1, 1, self.image_size)
-        x = axis + 0.5 * (left - 0.5)                                       # (S,)
-        y = axis[:, None] + 0.5 * (top - 0.5)                               # (S, 1)
+        x = axis + 0.25 * (left - 0.5)                                      # (S,)
+        y = axis[:, None] + 0.25 * (top - 0.5)                              # (S, 1)
         r = torch.hypot(x, y)                                               # (S, S)
         angle = torch.atan2(y, x)
-        edge = (0.45 + 0.2 * size) * (1 + 0.4 * (petals * angle + 6.28 * tilt).cos())
+        edge = (0.45 + 0.2 * size) * (1 + 0.4 * (petals * angle).cos())
         inside = r < edge
         if hollow:
             inside &= r > 0.5 * edge
 
-        # Colours wrap around: in each channel the flower is 0.3 to 0.7 away from its background
-        image = (ground + (0.3 + 0.4 * contrast) * inside[..., None]) % 1   # (S, S, 3)
+        # In each channel a background of up to 0.5, and a flower that is brighter by 0.25 to 0.5
+        image = 0.5 * ground + (0.25 + 0.25 * contrast) * inside[..., None]  # (S, S, 3)
         return (255 * image).byte().permute(2, 0, 1), label
 
 

@@ -1286,8 +1286,8 @@ def parse_args(argv=None):
 
 
 # The recipe of the demos: no augmentation but crop and flip, which suits ten classes of flat shapes
-DEMO = ("--data shapes --image-size 32 --patch-size 4 --student micro --batch-size 50 --epochs 5 "
-        "--lr 1e-3 --crop-scale 0.5 --label-smoothing 0 --mixup 0 --cutmix 0 --rand-augment 0 "
+DEMO = ("--data shapes --image-size 32 --patch-size 8 --student micro --batch-size 100 --epochs 4 "
+        "--lr 2e-3 --crop-scale 0.5 --label-smoothing 0 --mixup 0 --cutmix 0 --rand-augment 0 "
         "--random-erasing 0 --eval-every 1000")
 
 
@@ -1299,7 +1299,7 @@ def demo(args, device):
     table = []
     with tempfile.TemporaryDirectory() as out:
         runs = {
-            "CNN": ["--train-teacher", "cifar_resnet20"],
+            "CNN": ["--train-teacher", "cifar_resnet20", "--epochs", "3"],
             "student alone": ["--teacher", "none", "--mhca-blocks", "0"],
             "student, DearKD": ["--teacher", f"{out}/CNN/student.pth"],
         }
@@ -1320,7 +1320,8 @@ def demo_data_free(args, device):
     """
     if common.world_size() > 1:
         raise common.InputError("--demo-data-free runs in one process, without torchrun")
-    shared = f"{DEMO} --workers {args.workers} --seed {args.seed} --train-teacher cifar_resnet20"
+    shared = (f"{DEMO} --workers {args.workers} --seed {args.seed} "
+              "--train-teacher cifar_resnet20 --epochs 3")
     # Few steps, and flat shapes: less of BatchNorm, more of total variation than for photos
     made = ("--image-size 32 --images-per-class 12 --steps 150 --bn 0.05 --tv 0.03 "
             f"--seed {args.seed}")
