@@ -344,8 +344,8 @@ def class_folders(folder):
 class Shapes(Dataset):
     """Flowers with 0, 2, 3, 4 or 5 petals, filled or hollow: ten classes.
 
-    Size, place and colours are random. A flower is brighter than its background, and stands upright:
-    so a ViT learns the classes in a minute.
+    Size, place and colours are random. A flower stands upright and is brighter than its background,
+    so that a ViT learns the classes in a minute.
     """
 
     def __init__(self, length, image_size, seed):

@@ -4,11 +4,15 @@ import importlib
 import inspect
 import re
 import shlex
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
 from helpers import ROOT
 
+import attndistill
+import common
 import vitkd
 
 README = (ROOT / "README.md").read_text()
@@ -18,14 +22,62 @@ def blocks(language):
     return re.findall(rf"^```{language}\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 
 
-CUT, *SNIPPETS = blocks("python")
+def block_with(words):
+    return next(code for code in blocks("python") if words in code)
+
+
+SNIPPETS = [code for code in blocks("python") if "\nloss = " in code]
 
 
 @pytest.mark.parametrize("code", SNIPPETS)
 def test_a_snippet_runs_as_pasted(code):
+    if "import timm" in code:
+        pytest.importorskip("timm")
     names = {}
     exec(code, names)  # noqa: S102 - the README is ours
     assert names["loss"].isfinite() and names["loss"] > 0
+
+
+def snippet_with(function):
+    """Return a function that a snippet defines for timm's ViTs."""
+    pytest.importorskip("timm")
+    names = {}
+    code = block_with(f"def {function}(")
+    with torch.enable_grad():  # the snippet ends in loss.backward()
+        exec(code, names)  # noqa: S102
+    return names[function]
+
+
+@torch.no_grad()
+def test_timms_features_are_those_of_vitkd_bit_for_bit():
+    features = snippet_with("features")
+    import timm
+    vit = timm.create_model("deit_tiny_patch16_224").eval()
+    ours = vitkd.ViT(**vitkd.SIZES["deit_t"])
+    ours.load_state_dict(vit.state_dict())
+    images = torch.randn(2, 3, 224, 224)
+    shallow, deep, logits = features(vit, images)
+    our_shallow, our_deep, our_logits = ours.features(images)
+    assert torch.equal(shallow[0], our_shallow[0]) and torch.equal(shallow[1], our_shallow[1])
+    assert torch.equal(deep, our_deep) and torch.equal(logits, our_logits)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "sizes"), [
+    ("deit_tiny_patch16_224", {"patch_size": 16}),
+    ("vit_small_patch14_reg4_dinov2", {"patch_size": 14, "num_registers": 4})])
+def test_timms_attention_is_that_of_attndistill(name, sizes):
+    class_token_and_attention = snippet_with("class_token_and_attention")
+    import timm
+    vit = timm.create_model(name, img_size=224, num_classes=0).eval()
+    size = "vit_t" if "tiny" in name else "vit_s"
+    ours = attndistill.ViT(**attndistill.SIZES[size], num_classes=0, **sizes)
+    attndistill.load_weights(ours, attndistill.prepare_weights(vit.state_dict()), name)
+    images = torch.randn(2, 3, 224, 224)
+    cls, attn = class_token_and_attention(vit, images)
+    our_cls, our_attn = ours.class_token_and_attention(images)
+    torch.testing.assert_close(cls, our_cls, rtol=0, atol=1e-5)
+    torch.testing.assert_close(attn, our_attn, rtol=0, atol=1e-6)
 
 
 def test_the_heads_rows_of_some_classes_are_kept(tmp_path, monkeypatch):
@@ -35,13 +87,46 @@ def test_the_heads_rows_of_some_classes_are_kept(tmp_path, monkeypatch):
         (tmp_path / "my" / "images" / "train" / f"n{i:08d}").mkdir(parents=True)
     weights = vitkd.ViT(**vitkd.SIZES["deit_t"]).state_dict()
     torch.save({"model": weights}, "deit_tiny_patch16_224-a1311bcf.pth")
-    exec(CUT, {})  # noqa: S102
+    exec(block_with("imagenet_classes.txt"), {})  # noqa: S102
     teacher = vitkd.load_teacher("deit_t", "teacher.pth", num_classes=2)
     assert torch.equal(teacher.head.weight, weights["head.weight"][[13, 907]])
 
 
+def test_every_tenth_photo_moves_to_validation(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photos / "train", "my/images/train")
+    exec(block_with("photo.rename"), {})  # noqa: S102
+    train_images, val_images = common.load_data("my/images", None, 16)
+    assert len(train_images) == 86 and len(val_images) == 10  # of 96
+    assert set(val_images.targets) == {0, 1, 2}
+
+
+def test_a_photo_is_classified_and_the_student_loads_in_timm(photos, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    arch = {"image_size": 32, "patch_size": 8, **vitkd.SIZES["micro"], "num_classes": 3}
+    student = vitkd.ViT(**arch).eval()
+    student.head.bias.data[1] = 1e3  # it sees bees everywhere
+    Path("out/distilled").mkdir(parents=True)
+    common.save_checkpoint("out/distilled/student.pth", model=student.state_dict(), arch=arch,
+                           script="vitkd")
+    shutil.copytree(photos / "train", "my/images/train")
+    shutil.copy(photos / "val" / "cat" / "000.jpg", "photo.jpg")
+    exec(block_with("photo.jpg"), {})  # noqa: S102
+    assert capsys.readouterr().out == "bee\n"
+
+    pytest.importorskip("timm")
+    names = {}
+    exec(block_with("embed_dim=arch"), names)  # noqa: S102
+    images = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(names["vit"].eval()(images), student(images))
+
+
 def commands():
-    lines = "".join(blocks("bash")).splitlines() + re.findall(r"`(python \w+\.py [^`]+)`", README)
+    lines = re.findall(r"`(python \w+\.py [^`]+)`", README)
+    for block in blocks("bash"):
+        for name, words in re.findall(r"^(\w+)=\((.*)\)$", block, re.MULTILINE):
+            block = block.replace(f'"${{{name}[@]}}"', words)
+        lines += block.splitlines()
     return [line for line in lines if re.search(r"\w+\.py", line)]
 
 

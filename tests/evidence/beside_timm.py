@@ -104,7 +104,7 @@ def train(args):
     Path(args.out, "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
 
 
-def speed(batch_size=64, rounds=5, steps=12):
+def speed(batch_size=64, rounds=5, steps=8):
     images = torch.randn(batch_size, 3, 112, 112)
     target = torch.randint(10, (batch_size,))
     arch = {"image_size": 112, "patch_size": 16, "num_classes": 10}

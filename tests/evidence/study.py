@@ -1,13 +1,15 @@
 """Make the runs on real images, and fill the tables of both READMEs.
 
-    python tests/evidence/study.py run [PART OF A NAME [CACHE]]   # what has no line in results.jsonl
-    python tests/evidence/study.py tables                         # from results.jsonl alone
+    python tests/evidence/study.py run [PART [CACHE]]   # what has no line in results.jsonl yet
+    python tests/evidence/study.py tables               # from results.jsonl alone
+
+PART: only runs whose name contains it. CACHE: a folder in which runs keep what their teachers say,
+for the next runs with the same images (cached_teacher.py).
 
 A run is one row of a table below with one seed. Its name is TABLE/ROW, as "vitkd/ViTKD + NKD". A
 finished run is one line of results.jsonl and a folder out/study/TABLE-ROW NUMBER-SEED. A failed run
 leaves what it printed in out/study/TABLE-ROW NUMBER-SEED.err. Two runs go at a time, each on one
-core. To measure a run again, delete its line. CACHE is a folder in which runs keep what their
-teachers say, for the next runs with the same images: see cached_teacher.py.
+core. To measure a run again, delete its line.
 
 To add a row, append it to its table in TABLES. Append it at the end: folders carry the row's
 number, counted from 0. For a new table, put `<!-- study NAME -->` and `<!-- end -->` into a README.
@@ -19,7 +21,7 @@ Teachers:
   - data/cifar_resnet56.pth: a ResNet-56 for CIFAR-10, 83.2 % top-1 on data/cifar10/val;
   - data/deit_tiny_imagenet.pth: DeiT-T/16 in the format that its authors released;
   - data/deit_tiny_20.pth: the same with the 20 rows of its head for Tiny-ImageNet-20's classes. The
-    top README shows the code, under "Your own images and teachers".
+    top README shows the code, under "An ImageNet teacher for some of its classes".
 Made images, out/study/made0 and made1: results.jsonl has their commands, in the lines
 "images/DeepInversion" and "images/DF-DearKD, weight 1".
 """
@@ -227,23 +229,24 @@ FEWER_SEEDS = {
 
 # The top README's table: {text: (table, row without the method, row with it)}
 SUMMARY = {
-    "ViTKD + NKD, CIFAR-10": ("vitkd", "alone", "ViTKD + NKD"),
-    "ViTKD + NKD, Tiny-ImageNet-20, 224 px, ImageNet DeiT-T":
-        ("imagenet-vitkd", "alone", "ViTKD + NKD"),
-    "DearKD, CIFAR-10": ("dearkd", "alone", "+ MHCA: DearKD"),
-    "DearKD, Tiny-ImageNet-20": ("dearkd-tiny", "alone", "+ MHCA: DearKD"),
-    "DF-DearKD, CIFAR-10, no real image": ("data-free", "DeepInversion", "DF-DearKD"),
-    "AttnDistill, CIFAR-10, k-NN": ("attndistill", "projector alignment", "+ attention guidance"),
+    "ViTKD + NKD, CIFAR-10 at 112 px, from a fine-tuned DeiT-T":
+        ("cifar-vitkd", "alone", "ViTKD + NKD"),
+    "ViTKD without NKD, the same": ("cifar-vitkd", "alone", "ViTKD"),
+    "NKD without ViTKD, the same": ("cifar-vitkd", "alone", "NKD"),
+    "AttnDistill, CIFAR-10 at 112 px, from ImageNet's DeiT-T, k-NN":
+        ("cifar-attndistill", "ImageNet teacher, projector alignment",
+         "ImageNet teacher, + attention guidance"),
     "AttnDistill, Tiny-ImageNet-20, k-NN":
         ("attndistill-tiny", "projector alignment", "+ attention guidance"),
-    "AttnDistill, Tiny-ImageNet-20, 224 px, ImageNet DeiT-T, k-NN":
-        ("imagenet-attndistill", "projector alignment", "+ attention guidance"),
     "fine-tuned on 10 % of CIFAR-10, after AttnDistill on CIFAR-10":
         ("downstream", "10 % of CIFAR-10's labels alone",
          "AttnDistill on CIFAR-10, then 10 % of its labels"),
+    "DearKD, CIFAR-10": ("dearkd", "alone", "+ MHCA: DearKD"),
+    "DearKD, Tiny-ImageNet-20": ("dearkd-tiny", "alone", "+ MHCA: DearKD"),
     "fine-tuned on 10 % of CIFAR-10, after DearKD on Tiny-ImageNet-20":
         ("downstream", "10 % of CIFAR-10 alone, at 64 px",
-         "DearKD on Tiny-ImageNet-20, then 10 % of CIFAR-10")}
+         "DearKD on Tiny-ImageNet-20, then 10 % of CIFAR-10"),
+    "DF-DearKD, CIFAR-10, no real image": ("data-free", "DeepInversion", "DF-DearKD")}
 
 # ------------------------------------------------------------------ runs
 
