@@ -99,9 +99,9 @@ def train(args):
         means = {name: total / len(train_batches) for name, total in loss_sums.items()}
         log.append({"epoch": epoch + 1, **means, "lr": lr, **batches.speed()})
     log[-1]["top1"] = common.evaluate(student, val_batches, DEVICE, AUTOCAST)
-    print(log[-1])
     Path(args.out).mkdir(parents=True, exist_ok=True)
     Path(args.out, "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in log))
+    print(log[-1])
 
 
 def speed(batch_size=64, rounds=5, steps=8):
