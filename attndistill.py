@@ -20,9 +20,9 @@ DINO's ViT-S/8 distilled into a ViT-S/16, a quarter of the patches (a pair of th
 for a laptop:
     torchrun --nproc_per_node 8 attndistill.py --teacher dino_s8 --student vit_s
     python attndistill.py --demo
-Measured: on CIFAR-10 guidance adds 0.7 points of k-NN top-1 (50.7 -> 51.4 %, deviation 0.2, seeds 0
-to 2, a weak teacher), and 2.2 with ImageNet's DeiT-T (50.5 -> 52.7 %, one seed; one AMD EPYC core,
-bf16, 2026-11-25 and 27; tests/evidence/README.md).
+Measured: what guidance adds to k-NN top-1 on CIFAR-10 (one AMD EPYC core, bf16, 2026-11-25 and 27;
+tests/evidence/README.md). From a weak teacher: 50.7 -> 51.4 %, deviation 0.2, three seeds. From
+ImageNet's DeiT-T: 50.5 -> 52.7 %, one seed.
 """
 
 import argparse
