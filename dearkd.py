@@ -896,6 +896,35 @@ def batch_norm_loss(inputs, first_weight=10.0):
     return first_weight * distances[0] + sum(distances[1:])
 
 
+class Observer(nn.Module):
+    """A Teacher that also tells how unlike real images its BatchNorms find what they see.
+
+    forward(images (B, 3, S, S), first_weight of batch_norm_loss, autocast of the teacher) ->
+    features before the classifier (B, D), logits (B, C), batch_norm_loss. It is a module of its own
+    so that torch.compile can fuse BatchNorm with its statistics: observer.compile().
+    """
+
+    def __init__(self, teacher):
+        super().__init__()
+        self.teacher = teacher
+        self.inputs = {}  # {BatchNorm: its input in the latest forward pass}
+        norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
+        self.hooks = [norm.register_forward_pre_hook(self.remember_input) for norm in norms]
+
+    def remember_input(self, norm, arguments):
+        self.inputs[norm] = arguments[0]
+
+    def remove_hooks(self):
+        for hook in self.hooks:
+            hook.remove()
+
+    def forward(self, images, first_weight, autocast):
+        with autocast:
+            maps, logits = self.teacher.features(images)
+        features = maps[-1].float().mean((2, 3))                            # (B, D)
+        return features, logits.float(), batch_norm_loss(self.inputs, first_weight)
+
+
 # Above 64 px. All but divergence are DeepInversion's for ImageNet, tuned on torchvision's first
 # weights of ResNet-50 (V1).
 IMAGENET = {
@@ -933,6 +962,7 @@ def synthesize(teacher, labels, image_size, *, half_steps, steps, image_lr, beta
     """Make images of the classes `labels` (B,) from a Teacher's weights alone: (B, 3, S, S).
 
     S = image_size. The images are normalised by common.MEAN and STD. The teacher is not changed.
+    It may be an Observer of one, which can be compiled and then serves many calls.
     The settings from half_steps to divergence are explained at IMAGENET: synthesize(teacher,
     labels, 224, **IMAGENET). autocast: a context manager for the teacher's forward pass.
     """
@@ -945,13 +975,7 @@ def synthesize(teacher, labels, image_size, *, half_steps, steps, image_lr, beta
     noise = torch.randn(len(labels), 3, image_size, image_size, generator=generator)
     images = noise.to(device).clamp(black, white).requires_grad_()
 
-    inputs = {}  # {BatchNorm: its input in the latest forward pass}
-
-    def remember_input(norm, arguments):
-        inputs[norm] = arguments[0]
-
-    norms = [module for module in teacher.modules() if isinstance(module, nn.BatchNorm2d)]
-    hooks = [norm.register_forward_pre_hook(remember_input) for norm in norms]
+    observer = teacher if isinstance(teacher, Observer) else Observer(teacher)
 
     for pool, num_steps in ((2, half_steps), (1, steps)):
         optimizer = torch.optim.Adam([images], image_lr, betas)
@@ -969,13 +993,11 @@ def synthesize(teacher, labels, image_size, *, half_steps, steps, image_lr, beta
                 x = x.flip(3)
 
             # ---- loss ----
-            with autocast:
-                maps, logits = teacher.features(x)
-            features = maps[-1].float().mean((2, 3))                    # (B, D), the classifier's
-            loss = (F.cross_entropy(logits.float(), labels)
+            features, logits, batch_norm = observer(x, first_bn, autocast)
+            loss = (F.cross_entropy(logits, labels)
                     + tv * total_variation(x)
                     + l2 * x.flatten(1).norm(dim=1).mean()
-                    + bn * batch_norm_loss(inputs, first_bn)
+                    + bn * batch_norm
                     + divergence * intra_divergence_loss(features, labels))
 
             # ---- step: the gradient of the images alone; then back into the range of photos ----
@@ -984,8 +1006,8 @@ def synthesize(teacher, labels, image_size, *, half_steps, steps, image_lr, beta
             with torch.no_grad():
                 images.clamp_(black, white)
 
-    for hook in hooks:
-        hook.remove()
+    if observer is not teacher:
+        observer.remove_hooks()
     return images.detach()
 
 
@@ -1045,6 +1067,9 @@ def fill_folder(args, device):
 
     # ---- teacher, and the names of its classes ----
     teacher = load_teacher(args.teacher, args.teacher_weights, num_classes=None).to(device)
+    observer = Observer(teacher)
+    if args.compile:
+        observer.compile(dynamic=False)
     class_names = [f"{label:03d}" for label in range(teacher.num_classes)]
     if args.val:
         # Later --val measures a student: training and validation need folders of the same names
@@ -1077,7 +1102,7 @@ def fill_folder(args, device):
             continue
         start = time.time()
         labels = torch.tensor([label for label, _ in batches[i]], device=device)
-        images = synthesize(teacher, labels, args.image_size, **settings,
+        images = synthesize(observer, labels, args.image_size, **settings,
                             seed=common.seed_of(args.seed, i), autocast=autocast)
         if not images.isfinite().all():
             raise common.InputError("the images became NaN: lower --image-lr, or try --amp off")
@@ -1240,8 +1265,8 @@ def parse_args(argv=None):
                      help="precision of matrix products, off is float32; without this flag the "
                           "fastest that the device computes natively")
     run.add_argument("--compile", action="store_true",
-                     help="torch.compile student and teacher: the first step is slow, later ones "
-                          "are faster")
+                     help="torch.compile student and teacher, or the CNN of --synthesize: the first "
+                          "step is slow, later ones are faster")
     run.add_argument("--out", default="out/dearkd",
                      help="folder for student.pth, last.pth, log.jsonl, args.json (%(default)s)")
     run.add_argument("--resume", action="store_true",

@@ -1,5 +1,6 @@
 """dearkd.py: convolution by attention, hints, CNN teachers, the two stages, images from weights."""
 
+import contextlib
 import copy
 import inspect
 import math
@@ -875,6 +876,36 @@ def test_synthesis_leaves_the_teacher_as_it_is():
     assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
     assert all(p.grad is None for p in model.parameters())
     assert not any(layer.training or layer._forward_pre_hooks for layer in model.modules())
+
+
+def test_an_observer_serves_many_calls_and_gives_the_same_images():
+    model = small_cnn()
+    labels = torch.tensor([0, 1, 2, 3])
+    settings = {**dearkd.CIFAR, "steps": 2}
+    expected = dearkd.synthesize(model, labels, 16, **settings)
+    observer = dearkd.Observer(model)
+    for _ in range(2):
+        assert torch.equal(dearkd.synthesize(observer, labels, 16, **settings), expected)
+    norms = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert all(len(norm._forward_pre_hooks) == 1 for norm in norms)
+    observer.remove_hooks()
+    assert not any(norm._forward_pre_hooks for norm in norms)
+
+
+@pytest.mark.slow  # half a minute or more to compile
+def test_a_compiled_observer_gives_the_same_losses_and_gradient():
+    model = small_cnn()
+    observer = dearkd.Observer(model)
+    images = torch.randn(4, 3, 16, 16, requires_grad=True)
+    found = []
+    for _ in range(2):
+        features, logits, loss = observer(images, 10.0, contextlib.nullcontext())
+        total = features.square().mean() + logits.square().mean() + loss
+        gradient, = torch.autograd.grad(total, images)
+        found.append((features, logits, loss, gradient))
+        observer.compile(dynamic=False)
+    for eager, compiled in zip(*found):
+        assert torch.allclose(eager, compiled, rtol=1e-4, atol=1e-5)
 
 
 def test_both_dictionaries_hold_all_settings_of_synthesize():
