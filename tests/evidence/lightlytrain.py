@@ -1,12 +1,11 @@
 """LightlyTrain's default distillation and attndistill.py on the same images and models.
 
-    python tests/evidence/lightlytrain.py train OUT SEED [RATE]     # makes OUT/student.pth
+    python tests/evidence/lightlytrain.py train tiny|cifar OUT SEED [RATE]   # OUT/student.pth
     python tests/evidence/lightlytrain.py speed ours|lightly|lightly-default
 
 Run it in an environment with lightly-train 0.18.0 and timm, from the root of the repository.
-train: micro <- DeiT-T with ImageNet's weights (data/deit_tiny_imagenet.pth), 10,000 images of
-       Tiny-ImageNet-20 at 64 px, 4 epochs of batch 128, float32, one data worker. RATE: the peak
-       learning rate (default: its own).
+train: micro <- DeiT-T with ImageNet's weights (data/deit_tiny_imagenet.pth), one data worker, on
+       the images of SETTINGS. RATE: the peak learning rate (default: its own).
 speed: vit_s <- vit_b16 with random weights, 224 px, batch 8, the same images, one data worker.
        Seconds from the start of Python to the end of the first step, then images/s. lightly takes
        bf16 where ours does. lightly-default takes the precision that it chooses itself.
@@ -28,6 +27,11 @@ import attndistill
 import common
 
 STEPS = 10
+SETTINGS = {
+    "tiny": {"data": "data/tiny_imagenet20", "image_size": 64, "batch_size": 128, "epochs": 4,
+             "precision": "32-true"},
+    "cifar": {"data": "data/cifar10", "image_size": 112, "batch_size": 64, "epochs": 3,
+              "precision": "bf16-mixed"}}
 
 
 def timm_vit(image_size, patch_size, dim, depth, num_heads, num_classes=0):
@@ -37,18 +41,20 @@ def timm_vit(image_size, patch_size, dim, depth, num_heads, num_classes=0):
         depth=depth, num_heads=num_heads, num_classes=num_classes, dynamic_img_size=True)
 
 
-def lightly(out, seed, student, teacher, image_size, **more):
+def lightly(out, seed, student, teacher, image_size, data="data/tiny_imagenet20", **more):
     os.environ["LIGHTLY_TRAIN_EVENTS_DISABLED"] = "1"
     import lightly_train
     torch.manual_seed(seed)
     lightly_train.pretrain(
-        out=out, data="data/tiny_imagenet20/train", model=student(), seed=seed, num_workers=1,
+        out=out, data=f"{data}/train", model=student(), seed=seed, num_workers=1,
         accelerator="cpu", overwrite=True, method_args={"teacher": teacher()},
         transform_args={"image_size": [image_size] * 2}, **more)
 
 
-def train(out, seed, rate=None):
-    arch = {**attndistill.SIZES["micro"], "image_size": 64, "patch_size": 16, "num_classes": 0}
+def train(name, out, seed, rate=None):
+    settings = SETTINGS[name]
+    arch = {**attndistill.SIZES["micro"], "image_size": settings["image_size"], "patch_size": 16,
+            "num_classes": 0}
 
     def teacher():
         vit = timm_vit(224, 16, **attndistill.SIZES["vit_t"], num_classes=1000)
@@ -57,9 +63,9 @@ def train(out, seed, rate=None):
         return vit
 
     # It multiplies the rate by sqrt(batch size / 1536), so that this is the rate that is used
-    optim_args = {"lr": float(rate) * (1536 / 128) ** 0.5} if rate else None
-    lightly(out, int(seed), lambda: timm_vit(**arch), teacher, 64, epochs=4, batch_size=128,
-            precision="32-true", optim_args=optim_args)
+    factor = (1536 / settings["batch_size"]) ** 0.5
+    optim_args = {"lr": float(rate) * factor} if rate else None
+    lightly(out, int(seed), lambda: timm_vit(**arch), teacher, optim_args=optim_args, **settings)
     state = torch.load(f"{out}/exported_models/exported_last.pt", weights_only=True)
     torch.save({"model": state, "arch": arch, "script": "attndistill"}, f"{out}/student.pth")
 

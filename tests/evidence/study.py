@@ -93,6 +93,15 @@ TINY_DEARKD = f"dearkd.py {SHORT} {LIGHT} --patch-size 8 {STAGES} {TINY}"
 # 31 epochs of 2,000 images have as many steps as 6 epochs of 10,000
 DATA_FREE = (f"dearkd.py {SHORT} {LIGHT} --patch-size 4 --image-size 32 --epochs 31 "
              f"--stage1-epochs 26 --val data/cifar10/val {CIFAR_CNN}")
+# 30 epochs of 2,000 images are 930 steps of 64
+MADE_IMAGES = (f"{LIGHT} --image-size 32 --batch-size 64 --lr 1e-3 --workers 1 --eval-every 1000 "
+               "--val data/cifar10/val")
+MADE = f"dearkd.py {MADE_IMAGES} --student micro --patch-size 4 {CIFAR_CNN_JPEG}"
+# Both heads learn the CNN's distribution to the end, and labels nothing. A later flag wins.
+SOFT = "--soft 4 --alpha 1"
+MIXED = "--mixup 0.8 --cutmix 1"
+DEEP_INVERSION = f"--data {OUT}/made-300-0"
+DF_DEARKD = f"--data {OUT}/made-300-1"
 FINE_TUNE = (f"{SHORT} {LIGHT} --data data/cifar10 --data-fraction 0.1 --patch-size 8 --epochs 8 "
              "--teacher none")
 
@@ -211,6 +220,14 @@ TABLES = {
         "DearKD, later hints": f"{HALF} {CIFAR_CNN_JPEG} --hints 1:2,3:3",
         "DearKD, one stage": f"{HALF} {CIFAR_CNN_JPEG} --stage1-epochs 6",
         "DearKD, T = 4": f"{HALF} {CIFAR_CNN_JPEG} --soft 4"},
+    "made-training": {  # 2,000 images of DF-DearKD
+        "the CNN's class and labels, two stages": f"{MADE} {DF_DEARKD} --epochs 30",
+        "the CNN's logits alone, one stage":
+            f"{MADE} {DF_DEARKD} --epochs 30 --stage1-epochs 30 {SOFT}",
+        "the CNN's logits alone, one stage, MixUp and CutMix":
+            f"{MADE} {DF_DEARKD} --epochs 30 --stage1-epochs 30 {SOFT} {MIXED}",
+        "a CNN, cifar_resnet20, by labels":
+            f"dearkd.py {MADE_IMAGES} {DF_DEARKD} --train-teacher cifar_resnet20 --epochs 30"},
     "cifar-timm": {  # with timm 1.0.31
         "soft KL, T = 2": f"{BESIDE_TIMM} train {CIFAR_DEIT} --temperature 2",
         "soft KL, T = 4": f"{BESIDE_TIMM} train {CIFAR_DEIT} --temperature 4"}}
@@ -220,6 +237,7 @@ READ_STUDENTS = ("downstream", "cifar-probe", "cifar-labels")
 
 # Rows with fewer seeds than SEEDS
 FEWER_SEEDS = {
+    **{f"made-training/{row}": (0,) for row in TABLES["made-training"]},
     "cifar-vitkd/ViTKD's generation alone": (0, 1),
     "cifar-vitkd/ViTKD's mimicking alone": (0, 1),
     "cifar-attndistill/ImageNet teacher, lambda_a = 0.03": (0,),
