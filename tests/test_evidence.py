@@ -1,18 +1,25 @@
-"""tests/evidence: its commands parse, and its shortcut changes no result."""
+"""tests/evidence: its commands parse, its shortcut changes no result, its images and pictures."""
 
 import importlib
 import json
+import re
 import shlex
 import sys
 
 import pytest
 import torch
 from helpers import ROOT, SCRIPTS, flags, main, student
+from torchvision.transforms import v2
 
 sys.path.insert(0, str(ROOT / "tests" / "evidence"))
 
 import cached_teacher
+import control_images
+import curves
 import study
+
+import common
+import dearkd
 
 
 def test_every_command_of_the_study_parses():
@@ -62,3 +69,36 @@ def test_other_images_and_another_teacher_are_not_mistaken(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     another = cached_teacher.cached(torch.neg, "another", tmp_path)
     assert torch.equal(another(torch.ones(2, 3)), -torch.ones(2, 3))
+
+
+def test_a_curve_has_a_point_for_each_seed_and_a_line_through_the_means():
+    svg = curves.draw({"alone": {1000: [20.0, 30.0], 4000: [40.0]}, "ours": {2000: [60.0]}})
+    x = [curves.LEFT + 20, (curves.LEFT + curves.RIGHT) / 2, curves.RIGHT - 20]  # 1, 2, 4 thousand
+
+    def y(top1):
+        return curves.BOTTOM - (curves.BOTTOM - curves.TOP) * (top1 - 20) / 40
+
+    points = [(float(cx), float(cy)) for cx, cy in re.findall(r'cx="(.*?)" cy="(.*?)"', svg)]
+    expected = [(x[0], y(20)), (x[0], y(30)), (x[2], y(40)), (x[1], y(60))]
+    torch.testing.assert_close(torch.tensor(points), torch.tensor(expected), rtol=0, atol=0.06)
+    assert f'points="{x[0]:.1f},{y(25):.1f} {x[2]:.1f},{y(40):.1f}"' in svg
+
+
+@pytest.mark.parametrize("kind", ["shapes", "noise"])
+def test_controls_are_the_images_that_the_teacher_is_surest_of(kind, tmp_path, monkeypatch):
+    monkeypatch.setattr(control_images, "CANDIDATES", 30)
+    MEAN, STD = control_images.MEAN, control_images.STD
+    torch.manual_seed(0)
+    cnn = dearkd.make_cnn("cifar_resnet20", 10)
+    common.save_checkpoint(tmp_path / "cnn.pth", model=cnn.state_dict(), cnn="cifar_resnet20")
+    control_images.main(kind, str(tmp_path / "cnn.pth"), tmp_path / "made", 3)
+
+    images = common.ImageFolder(tmp_path / "made" / "train", control_images.CLASSES)
+    assert images.targets == [label for label in range(10) for _ in range(3)]
+    read = torch.stack([v2.functional.pil_to_tensor(image) for image, _ in images]) / 255
+    logits = cnn.eval()((read - MEAN) / STD)
+    pixels = control_images.candidate_pixels(kind)
+    surest = cnn((pixels - MEAN) / STD).log_softmax(1).topk(3, dim=0).indices  # (3, 10)
+    stored = (255 * pixels + 0.5).byte() / 255
+    expected = cnn((stored[surest.T.flatten()] - MEAN) / STD)               # (30, 10)
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-3)

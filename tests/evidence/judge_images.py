@@ -1,10 +1,11 @@
 """Judge made images: the top-1 of two CNNs on them, and the distances within a class.
 
-    python tests/evidence/judge_images.py FOLDER [IMAGES PER CLASS]
+    python tests/evidence/judge_images.py FOLDER [IMAGES PER CLASS [TEACHER]]
 
 FOLDER holds CLASS/*.png of CIFAR-10's ten classes. IMAGES PER CLASS is how many of each class are
 judged (200). Two CNNs look at them:
-  - the teacher, data/cifar_resnet56.pth, whose weights the images were made from;
+  - the teacher whose weights the images were made from: a student.pth of `dearkd.py
+    --train-teacher`, or by default data/cifar_resnet56.pth;
   - the verifier, out/study/verifier/student.pth, a cifar_resnet20 that was trained on real images
     (the command is in the line "teacher/verifier" of results.jsonl). It shows whether another CNN
     sees the same classes.
@@ -58,9 +59,12 @@ def distances(features):
 
 
 @torch.inference_mode()
-def main(folder, images_per_class=200):
-    teacher_weights = str(ROOT / "data" / "cifar_resnet56.pth")
-    teacher = dearkd.load_teacher("cifar_resnet56", teacher_weights, NUM_CLASSES)
+def main(folder, images_per_class=200, teacher_path=None):
+    if teacher_path:
+        teacher = dearkd.load_teacher(teacher_path, None, NUM_CLASSES)
+    else:
+        teacher_weights = str(ROOT / "data" / "cifar_resnet56.pth")
+        teacher = dearkd.load_teacher("cifar_resnet56", teacher_weights, NUM_CLASSES)
     verifier_path = str(ROOT / "out" / "study" / "verifier" / "student.pth")
     verifier = dearkd.load_teacher(verifier_path, None, NUM_CLASSES)
     images, labels = load_images(folder, images_per_class)
@@ -92,6 +96,8 @@ def main(folder, images_per_class=200):
 
 
 if __name__ == "__main__":
-    if len(sys.argv) not in (2, 3):
+    if len(sys.argv) not in (2, 3, 4):
         sys.exit(__doc__)
-    main(sys.argv[1], *map(int, sys.argv[2:]))
+    images_per_class = int(sys.argv[2]) if len(sys.argv) > 2 else 200
+    teacher_path = sys.argv[3] if len(sys.argv) > 3 else None
+    main(sys.argv[1], images_per_class, teacher_path)
