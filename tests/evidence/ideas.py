@@ -1,11 +1,12 @@
-"""The picture at the top of README, from the code's own outputs.
+"""The pictures in README, from the code's own outputs.
 
-    python tests/evidence/ideas.py     # -> tests/evidence/ideas.png
+    python tests/evidence/ideas.py [ideas|made]     # -> tests/evidence/ideas.png, made.png
 
 Needs what tests/evidence/study.py makes (out/study/...) and its data.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -111,34 +112,43 @@ def hints(chosen=(0, 3, 9, 13)):
         yield rgb[1, i], "student"
 
 
-def synthesis():
-    """Images of the data-free study, one of each class and two more."""
-    for i, folder in enumerate([*sorted((STUDY / "made1" / "train").iterdir())] * 2):
+def synthesis(folder):
+    """Images of the data-free study: one of each class, and two more."""
+    for i, class_folder in enumerate([*sorted((STUDY / folder / "train").iterdir())] * 2):
         if i < 12:
-            file = sorted(folder.iterdir())[i // 10]
-            yield pil_to_tensor(Image.open(file)) / 255, folder.name
+            file = sorted(class_folder.iterdir())[i // 10]
+            yield pil_to_tensor(Image.open(file)) / 255, class_folder.name
+
+
+# {picture: {title of a row: function that yields its tiles and captions}}
+PICTURES = {
+    "ideas": {
+        "AttnDistill: the student's class token attends where the teacher's does": attention,
+        "ViTKD: the teacher's deep tokens are generated from half of the student's": generation,
+        "DearKD: early feature maps of a CNN are predicted from the student's tokens": hints},
+    "made": {
+        "DeepInversion: images made from the weights of a CNN": partial(synthesis, "made-300-0"),
+        "DF-DearKD: the same, and images of a class repel their nearest":
+            partial(synthesis, "made-300-1")}}
 
 
 @torch.no_grad()
-def main():
-    rows = {
-        "AttnDistill: the student's class token attends where the teacher's does": attention,
-        "ViTKD: the teacher's deep tokens are generated from half of the student's": generation,
-        "DearKD: early feature maps of a CNN are predicted from the student's tokens": hints,
-        "DF-DearKD: images made from the weights of a CNN": synthesis}
+def draw(picture):
+    rows = PICTURES[picture]
     height = TILE + 56
     canvas = Image.new("RGB", (12 * (TILE + GAP) + GAP, len(rows) * height), "white")
-    draw = ImageDraw.Draw(canvas)
+    canvas_draw = ImageDraw.Draw(canvas)
     for row, (title, tiles) in enumerate(rows.items()):
         y = row * height
-        draw.text((GAP, y + 6), title, "black", ImageFont.load_default(16))
+        canvas_draw.text((GAP, y + 6), title, "black", ImageFont.load_default(16))
         for i, (tile, caption) in enumerate(tiles()):
             tile = F.interpolate(tile[None], (TILE, TILE), mode="nearest")[0]
             x = GAP + i * (TILE + GAP)
             canvas.paste(to_pil_image(tile), (x, y + 30))
-            draw.text((x, y + 32 + TILE), caption, "#555555", ImageFont.load_default(12))
-    canvas.save(Path(__file__).with_suffix(".png"), optimize=True)
+            canvas_draw.text((x, y + 32 + TILE), caption, "#555555", ImageFont.load_default(12))
+    canvas.save(Path(__file__).with_name(f"{picture}.png"), optimize=True)
 
 
 if __name__ == "__main__":
-    main()
+    for name in sys.argv[1:] or PICTURES:
+        draw(name)

@@ -22,8 +22,10 @@ Teachers:
   - data/deit_tiny_imagenet.pth: DeiT-T/16 in the format that its authors released;
   - data/deit_tiny_20.pth: the same with the 20 rows of its head for Tiny-ImageNet-20's classes. The
     top README shows the code, under "An ImageNet teacher for some of its classes".
-Made images, out/study/made0 and made1: results.jsonl has their commands, in the lines
-"images/DeepInversion" and "images/DF-DearKD, weight 1".
+Made images: results.jsonl has their commands, in lines "images/...". They are
+  - out/study/made-300-0 and made-300-1: DeepInversion and DF-DearKD, from out/study/cifar-cnn;
+  - out/study/shapes and noise: controls without inversion;
+  - out/study/made0 and made1: DeepInversion and DF-DearKD, from data/cifar_resnet56.pth.
 """
 
 import json
