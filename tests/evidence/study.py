@@ -99,9 +99,11 @@ DATA_FREE = (f"dearkd.py {SHORT} {LIGHT} --patch-size 4 --image-size 32 --epochs
 MADE_IMAGES = (f"{LIGHT} --image-size 32 --batch-size 64 --lr 1e-3 --workers 1 --eval-every 1000 "
                "--val data/cifar10/val")
 MADE = f"dearkd.py {MADE_IMAGES} --student micro --patch-size 4 {CIFAR_CNN_JPEG}"
-# Both heads learn the CNN's distribution to the end, and labels nothing. A later flag wins.
+# Both heads learn the CNN's distribution to the end, and labels nothing
 SOFT = "--soft 4 --alpha 1"
-MIXED = "--mixup 0.8 --cutmix 1"
+SOFT_500 = f"{MADE} {SOFT} --data-fraction 0.25 --epochs 120 --stage1-epochs 120"
+SOFT_1000 = f"{MADE} {SOFT} --data-fraction 0.5 --epochs 60 --stage1-epochs 60"
+SOFT_2000 = f"{MADE} {SOFT} --epochs 30 --stage1-epochs 30"
 DEEP_INVERSION = f"--data {OUT}/made-300-0"
 DF_DEARKD = f"--data {OUT}/made-300-1"
 FINE_TUNE = (f"{SHORT} {LIGHT} --data data/cifar10 --data-fraction 0.1 --patch-size 8 --epochs 8 "
@@ -222,12 +224,20 @@ TABLES = {
         "DearKD, later hints": f"{HALF} {CIFAR_CNN_JPEG} --hints 1:2,3:3",
         "DearKD, one stage": f"{HALF} {CIFAR_CNN_JPEG} --stage1-epochs 6",
         "DearKD, T = 4": f"{HALF} {CIFAR_CNN_JPEG} --soft 4"},
-    "made-training": {  # 2,000 images of DF-DearKD
+    "made": {  # the CNN's logits alone, one stage
+        "500 images, DeepInversion": f"{SOFT_500} {DEEP_INVERSION}",
+        "500 images, DF-DearKD": f"{SOFT_500} {DF_DEARKD}",
+        "1,000 images, DeepInversion": f"{SOFT_1000} {DEEP_INVERSION}",
+        "1,000 images, DF-DearKD": f"{SOFT_1000} {DF_DEARKD}",
+        "2,000 images, DeepInversion": f"{SOFT_2000} {DEEP_INVERSION}",
+        "2,000 images, DF-DearKD": f"{SOFT_2000} {DF_DEARKD}",
+        "2,000 drawn flowers": f"{SOFT_2000} --data {OUT}/shapes",
+        "2,000 images of noise": f"{SOFT_2000} --data {OUT}/noise",
+        "2,000 real images": f"{SOFT_2000} --data data/cifar10 --data-fraction 0.04"},
+    "made-training": {  # other ways to train on 2,000 images of DF-DearKD
         "the CNN's class and labels, two stages": f"{MADE} {DF_DEARKD} --epochs 30",
-        "the CNN's logits alone, one stage":
-            f"{MADE} {DF_DEARKD} --epochs 30 --stage1-epochs 30 {SOFT}",
         "the CNN's logits alone, one stage, MixUp and CutMix":
-            f"{MADE} {DF_DEARKD} --epochs 30 --stage1-epochs 30 {SOFT} {MIXED}",
+            f"{SOFT_2000} {DF_DEARKD} --mixup 0.8 --cutmix 1",
         "a CNN, cifar_resnet20, by labels":
             f"dearkd.py {MADE_IMAGES} {DF_DEARKD} --train-teacher cifar_resnet20 --epochs 30"},
     "cifar-timm": {  # with timm 1.0.31
@@ -240,6 +250,9 @@ READ_STUDENTS = ("downstream", "cifar-probe", "cifar-labels")
 # Rows with fewer seeds than SEEDS
 FEWER_SEEDS = {
     **{f"made-training/{row}": (0,) for row in TABLES["made-training"]},
+    **{f"made/{row}": (0,) for row in TABLES["made"]},
+    "made/2,000 images, DeepInversion": SEEDS,
+    "made/2,000 images, DF-DearKD": SEEDS,
     "cifar-vitkd/ViTKD's generation alone": (0, 1),
     "cifar-vitkd/ViTKD's mimicking alone": (0, 1),
     "cifar-attndistill/ImageNet teacher, lambda_a = 0.03": (0,),
