@@ -1,6 +1,6 @@
 """Draw how top-1 grows with the number of images: one point a seed, a line through their means.
 
-    python tests/evidence/curves.py     # results.jsonl -> tests/evidence/dearkd-curve.svg
+    python tests/evidence/curves.py     # results.jsonl -> dearkd-curve.svg, made-curve.svg
 
 A number of images without a run is left out.
 """
@@ -25,7 +25,15 @@ CURVES = {
         "DearKD": {5_000: ("dearkd-curve", "10 %, DearKD"),
                    12_500: ("dearkd-curve", "25 %, DearKD"),
                    25_000: ("dearkd-half", "DearKD"),
-                   50_000: ("dearkd-curve", "100 %, DearKD")}}}
+                   50_000: ("dearkd-curve", "100 %, DearKD")}},
+    "made-curve.svg": {
+        "DeepInversion": {500: ("made", "500 images, DeepInversion"),
+                          1_000: ("made", "1,000 images, DeepInversion"),
+                          2_000: ("made", "2,000 images, DeepInversion")},
+        "DF-DearKD": {500: ("made", "500 images, DF-DearKD"),
+                      1_000: ("made", "1,000 images, DF-DearKD"),
+                      2_000: ("made", "2,000 images, DF-DearKD")},
+        "real images": {2_000: ("made", "2,000 real images")}}}
 
 
 def text(x, y, words, anchor="middle", colour="#222"):

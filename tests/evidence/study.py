@@ -279,7 +279,8 @@ SUMMARY = {
     "fine-tuned on 10 % of CIFAR-10, after DearKD on Tiny-ImageNet-20":
         ("downstream", "10 % of CIFAR-10 alone, at 64 px",
          "DearKD on Tiny-ImageNet-20, then 10 % of CIFAR-10"),
-    "DF-DearKD, CIFAR-10, no real image": ("data-free", "DeepInversion", "DF-DearKD")}
+    "DF-DearKD, CIFAR-10, no real image":
+        ("made", "2,000 images, DeepInversion", "2,000 images, DF-DearKD")}
 
 # ------------------------------------------------------------------ runs
 
