@@ -1242,8 +1242,9 @@ def parse_args(argv=None):
 
     free.add_argument("--synthesize", metavar="DIR",
                       help="make images from the teacher's weights, in DIR/train/CLASS; --resume "
-                           "continues. Classes have the names of the folders in --val, or numbers. "
-                           "Then train with --data DIR --val FOLDER at the same --image-size")
+                           "continues, --compile makes it faster. Classes have the names of the "
+                           "folders in --val, or numbers. Then train with --data DIR --val FOLDER "
+                           "at the same --image-size")
     free.add_argument("--images-per-class", type=common.positive_int, default=100,
                       help="how many to make (%(default)s)")
     free.add_argument("--images-per-batch", type=common.positive_int, default=128,
@@ -1267,8 +1268,8 @@ def parse_args(argv=None):
                      help="precision of matrix products, off is float32; without this flag the "
                           "fastest that the device computes natively")
     run.add_argument("--compile", action="store_true",
-                     help="torch.compile student and teacher, or the CNN of --synthesize: the first "
-                          "step is slow, later ones are faster")
+                     help="torch.compile student and teacher: the first step is slow, later ones "
+                          "are faster")
     run.add_argument("--out", default="out/dearkd",
                      help="folder for student.pth, last.pth, log.jsonl, args.json (%(default)s)")
     run.add_argument("--resume", action="store_true",
