@@ -81,7 +81,7 @@ TEN_PERCENT = (f"vitkd.py {CIFAR_LARGE} {WEAK} --teacher none --student micro --
                "--batch-size 64 --epochs 10 --lr 1e-3 --workers 1 --eval-every 100")
 CIFAR_CNN_JPEG = f"--teacher {OUT}/cifar-cnn/student.pth"
 CURVE = (f"dearkd.py {CIFAR} --patch-size 4 {LIGHT} --student micro --batch-size 64 --lr 1e-3 "
-         "--epochs 6 --stage1-epochs 5 --workers 1 --eval-every 100")
+         "--epochs 4 --stage1-epochs 3 --workers 1 --eval-every 100")
 ALONE = "--teacher none --mhca-blocks 0"
 HALF = f"{CURVE} --data-fraction 0.5"
 ALIGNED = f"{OUT}/cifar-attndistill-0-SEED/student.pth"
@@ -222,7 +222,7 @@ TABLES = {
         "the CNN's class + MHCA": f"{HALF} {CIFAR_CNN_JPEG} --hints none",
         "DearKD, first-middle-last hints": f"{HALF} {CIFAR_CNN_JPEG} --hints 0:1,3:2,5:3",
         "DearKD, later hints": f"{HALF} {CIFAR_CNN_JPEG} --hints 1:2,3:3",
-        "DearKD, one stage": f"{HALF} {CIFAR_CNN_JPEG} --stage1-epochs 6",
+        "DearKD, one stage": f"{HALF} {CIFAR_CNN_JPEG} --stage1-epochs 4",
         "DearKD, T = 4": f"{HALF} {CIFAR_CNN_JPEG} --soft 4"},
     "made": {  # the CNN's logits alone, one stage
         "500 images, DeepInversion": f"{SOFT_500} {DEEP_INVERSION}",
