@@ -108,6 +108,9 @@ DEEP_INVERSION = f"--data {OUT}/made-300-0"
 DF_DEARKD = f"--data {OUT}/made-300-1"
 FINE_TUNE = (f"{SHORT} {LIGHT} --data data/cifar10 --data-fraction 0.1 --patch-size 8 --epochs 8 "
              "--teacher none")
+TINY_32 = (f"dearkd.py --data data/tiny_imagenet20 --image-size 32 --patch-size 4 {LIGHT} "
+           "--teacher none --student micro --batch-size 64 --lr 1e-3 --epochs 4 --workers 1 "
+           "--eval-every 100")
 
 # {folder: (seed, command)}
 TEACHERS = {
@@ -165,13 +168,16 @@ TABLES = {
     "imagenet-vitkd": {
         "alone": f"{VITKD} {TINY_LARGE} --epochs 6 --teacher none",
         "ViTKD + NKD": f"{VITKD} {TINY_LARGE} --epochs 6 {IMAGENET_VIT_20}"},
-    "downstream": {  # --init: row 1 of attndistill, row 3 of dearkd-tiny
+    "downstream": {  # --init: row 1 of attndistill, row 3 of dearkd-tiny, row 1 of dearkd-half
         "AttnDistill on CIFAR-10, then 10 % of its labels":
             f"vitkd.py {FINE_TUNE} --image-size 32 --init {OUT}/attndistill-1-SEED/student.pth",
         "10 % of CIFAR-10's labels alone": f"vitkd.py {FINE_TUNE} --image-size 32",
         "DearKD on Tiny-ImageNet-20, then 10 % of CIFAR-10":
             f"dearkd.py {FINE_TUNE} --image-size 64 --init {OUT}/dearkd-tiny-3-SEED/student.pth",
-        "10 % of CIFAR-10 alone, at 64 px": f"dearkd.py {FINE_TUNE} --image-size 64"},
+        "10 % of CIFAR-10 alone, at 64 px": f"dearkd.py {FINE_TUNE} --image-size 64",
+        "DearKD on half of CIFAR-10, then Tiny-ImageNet-20 at 32 px":
+            f"{TINY_32} --init {OUT}/dearkd-half-1-SEED/student.pth",
+        "Tiny-ImageNet-20 alone, at 32 px": TINY_32},
     "cifar-vitkd": {
         "alone": f"{ALL_VITKD} --teacher none",
         "NKD": f"{ALL_VITKD} {CIFAR_DEIT} --alpha 0 --beta 0",
@@ -249,6 +255,9 @@ READ_STUDENTS = ("downstream", "cifar-probe", "cifar-labels")
 
 # Rows with fewer seeds than SEEDS
 FEWER_SEEDS = {
+    **{f"dearkd-half/{row}": (0, 1) for row in TABLES["dearkd-half"]},
+    "dearkd-half/alone": SEEDS,
+    "dearkd-half/DearKD": SEEDS,
     **{f"made-training/{row}": (0,) for row in TABLES["made-training"]},
     **{f"made/{row}": (0,) for row in TABLES["made"]},
     "made/2,000 images, DeepInversion": SEEDS,
