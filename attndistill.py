@@ -853,13 +853,13 @@ def demo(args, device):
     table = []
     with tempfile.TemporaryDirectory() as out:
         teacher = f"{out}/teacher"
-        common.print0(f"\nteacher: python vitkd.py {shared} {of_teacher} --out {teacher}")
+        common.print0(f"\nteacher: python vitkd.py {shared} {of_teacher} --out out/demo/teacher")
         vitkd.main([*shared.split(), *of_teacher.split(), "--out", teacher])
         for name, flags in runs.items():
             folder = f"{out}/{len(table)}"
             flags = ["--teacher", f"{teacher}/student.pth", *flags.split()]
-            common.print0(f"\nstudent, {name}: python attndistill.py {shared} {' '.join(flags)} "
-                          f"--out {folder}")
+            command = f"python attndistill.py {shared} {' '.join(flags)} --out {folder}"
+            common.print0(f"\nstudent, {name}: {command.replace(out, 'out/demo')}")
             record = train(parse_args([*shared.split(), *flags, "--out", folder]), device)
             table.append(f"student, {name:21s} k-NN top-1 {record['knn20']:5.1f} %")
     table.insert(0, f"teacher, with labels           k-NN top-1 {record['teacher_knn20']:5.1f} %")

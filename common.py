@@ -801,10 +801,12 @@ def open_run(out, resume, settings):
                    for name in {**before, **settings}
                    if name not in MAY_CHANGE and settings.get(name) != before.get(name)]
         if changed:
-            raise InputError(
-                f"{last} was written with other settings: {'; '.join(changed)}. For other settings "
-                f"start a new run, perhaps with --init {out}/student.pth")
-        print0(f"continuing the run in {out}; epochs that are done: {len(checkpoint['log'])}")
+            student = last.with_name("student.pth")
+            init = f", perhaps with --init {student}" if student.exists() else ""
+            raise InputError(f"{last} was written with other settings: {'; '.join(changed)}. For "
+                             f"other settings start a new run in another folder{init}")
+        if checkpoint["log"]:  # made images have none
+            print0(f"continuing the run in {out}; epochs that are done: {len(checkpoint['log'])}")
     try:
         if rank() == 0:
             last.parent.mkdir(parents=True, exist_ok=True)

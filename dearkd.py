@@ -5,16 +5,16 @@ arXiv 2204.12997 (CVPR 2022). Its code was never released. The paper's: two stag
 dropout, an aligner, mean squared error on early features, hard labels for DeiT's distillation
 token, the idea of the intra-divergence loss. Ours: all formulas and defaults that fill in these
 words, and soft labels. DeepInversion (arXiv 1912.08795, code released) is its authors', except
-where CIFAR below says so. The recipe is ViTKD's version of DeiT's. DeiT itself has 5 epochs of
-warm-up, stochastic depth 0.1 for every student, repeated augmentation and no clipping. RandAugment
-is without SolarizeAdd (torchvision has none).
+where the settings CIFAR below say so. The recipe is ViTKD's version of DeiT's. DeiT itself has 5
+epochs of warm-up, stochastic depth 0.1 for every student, repeated augmentation and no clipping.
+RandAugment is without SolarizeAdd (torchvision has none).
 
-A CNN learns from few images. A ViT, whose attention is free, learns more from many. Therefore
+A CNN learns from few images, since each of its neurons sees near pixels alone. A ViT attends
+anywhere: from many images it learns more, from few less. So the CNN teaches it at first:
   - stage 1: early blocks learn the CNN's early maps (hints), the distillation token learns the
-    class that the CNN sees. Multi-head convolutional attention (MHCA), attention with a position
-    term, lets these blocks start as convolutions;
-  - stage 2: only labels. The CNN does not run, and nothing keeps attention near any more: the
-    position term stays, but its weights are learned.
+    class that the CNN sees. Multi-head convolutional attention (MHCA), attention with a learned
+    position term, lets these blocks start as convolutions;
+  - stage 2: only labels. The CNN does not run, and no hint keeps attention near any more.
 DF-DearKD uses no real image: noise is optimised until the CNN sees a class in it and BatchNorm its
 usual statistics. The intra-divergence loss keeps the images of a class apart.
 
@@ -22,9 +22,10 @@ DeiT-T with RegNetY-16GF as teacher on ImageNet-1k, and demos for a laptop:
     torchrun --nproc_per_node 8 dearkd.py --data data/imagenet --student deit_t
     python dearkd.py --demo                  # or --demo-data-free
 Top-1 of DeiT-T (paper): 72.2 % alone, 74.8 % with DearKD.
-Measured: CIFAR-10, 10,000 images, seeds 0 to 2: micro has 43.0 % alone, 51.1 % with ResNet-56 as
-teacher. From 2,000 images that DeepInversion made it has 41.2 %, with DF-DearKD 42.8 % (one AMD
-EPYC core a run, bf16, 2026-11-25 and 27; tests/evidence/README.md).
+Measured: CIFAR-10, mean (deviation) of seeds 0 to 2. From 10,000 images micro has 43.0 (0.6) %
+alone, 51.1 (0.5) with ResNet-56 as teacher. In other runs it has 41.2 (0.3) from 2,000 images that
+DeepInversion made, 42.8 (1.7) with DF-DearKD, which is within the deviation (one AMD EPYC core a
+run, bf16, 2026-11-25 and 27; tests/evidence/README.md).
 """
 
 import argparse
@@ -56,7 +57,7 @@ import common
 class Aligner(nn.Module):
     """Turns patch tokens into a map like a CNN's, for one hint (our reading).
 
-    forward(tokens (B, N, D)) -> map (B, C_t, g, g); N = g * g.
+    forward(tokens (B, N, D)) -> map (B, C_t, g, g); N = g * g patches, C_t channels of the CNN.
     """
 
     def __init__(self, student_dim, teacher_channels):
@@ -72,7 +73,8 @@ class Aligner(nn.Module):
         x = tokens.transpose(1, 2).reshape(B, D, g, g)
         x = self.depthwise(x)                                               # (B, D, g, g)
         x = self.norm(x.permute(0, 2, 3, 1))                                # (B, g, g, D)
-        x = F.gelu(self.linear(x))  # a CNN's stage ends in a ReLU          # (B, g, g, C_t)
+        # A CNN's stage ends in a ReLU, so its map has no negative values
+        x = F.gelu(self.linear(x))                                          # (B, g, g, C_t)
         return x.permute(0, 3, 1, 2)                                        # (B, C_t, g, g)
 
 
@@ -83,7 +85,7 @@ def hint_loss(student_map, teacher_map):
     bilinearly if it is smaller.
     """
     g = student_map.shape[-1]
-    mode = "area" if teacher_map.shape[-1] >= g else "bilinear"  # area: the mean
+    mode = "area" if teacher_map.shape[-1] >= g else "bilinear"
     teacher_map = F.interpolate(teacher_map.float(), (g, g), mode=mode)
     return F.mse_loss(student_map.float(), teacher_map)
 
@@ -132,7 +134,7 @@ class ConvAttention(Attention):
     v_h = -a (1, -2 c1, -2 c2) gives -a |d - c|^2 + const, a Gaussian around offset c. Heads start
     with a = 1 and the c of a 3x3 neighbourhood, centre first. Prefix tokens (class, distillation)
     have no position: their rows and columns get 0. In training, dropout removes a head's whole
-    position term from a forward pass: the head then attends by content alone, as it may later.
+    position term from a forward pass: the head then attends by content alone.
     """
 
     def __init__(self, dim, num_heads, grid_size, num_prefix_tokens, pos_dropout=0.1):
@@ -212,7 +214,8 @@ class ViT(nn.Module):
         self.blocks = nn.ModuleList(
             Block(dim, num_heads, drop_path * i / max(1, depth - 1)) for i in range(depth))
         for block in self.blocks[:mhca_blocks]:
-            block.attn = ConvAttention(dim, num_heads, g, 2, pos_dropout)
+            block.attn = ConvAttention(dim, num_heads, g, num_prefix_tokens=2,
+                                       pos_dropout=pos_dropout)
         self.norm = nn.LayerNorm(dim, eps=1e-6)
         self.head = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
         self.head_dist = nn.Linear(dim, num_classes) if num_classes else nn.Identity()
@@ -267,9 +270,12 @@ def resize_position(pos_embed, grid):
 
 def load_weights(vit, weights, source):
     """Load weights strictly, after resizing their position embedding to the ViT's image size."""
-    if "pos_embed" in weights and weights["pos_embed"].ndim == 3:
-        grid = math.isqrt(vit.pos_embed.shape[1])  # of 2 + grid*grid rows
-        weights = {**weights, "pos_embed": resize_position(weights["pos_embed"], grid)}
+    pos_embed = weights.get("pos_embed")
+    if pos_embed is not None and pos_embed.ndim == 3:
+        rows = pos_embed.shape[1]
+        if rows == 2 + math.isqrt(rows)**2:  # else it is of another kind of ViT, and does not load
+            grid = math.isqrt(vit.pos_embed.shape[1])  # of 2 + grid*grid rows
+            weights = {**weights, "pos_embed": resize_position(pos_embed, grid)}
     common.load_strictly(vit, weights, source)
 
 
@@ -436,13 +442,15 @@ def find_teacher(name, weights):
     if not Path(name).is_file():
         raise common.InputError(f"no teacher {name}: choose {', '.join(CNNS)}, none, or the path "
                                 "of a student.pth of --train-teacher")
+    if weights:
+        raise common.InputError(f"--teacher {name} is a file of weights, and {weights} another: "
+                                "--teacher-weights belongs to the name of a CNN")
     saved = common.load_checkpoint(name)
     cnn_name = saved.get("cnn") if isinstance(saved, dict) else None
-    if weights or cnn_name not in list(CNNS):  # a list: a file may hold what cannot be a key
+    if cnn_name not in list(CNNS):  # a list: a file may hold what cannot be a key
         raise common.InputError(
-            f"{name} is no name of a teacher, and no student.pth of --train-teacher alone. For a "
-            f"file of other weights choose the name, {', '.join(CNNS)}, and give the file as "
-            "--teacher-weights")
+            f"{name} is no student.pth of --train-teacher. For a file of other weights choose the "
+            f"name, {', '.join(CNNS)}, and give the file as --teacher-weights")
     return name, cnn_name
 
 
@@ -498,7 +506,7 @@ class Distillation(nn.Module):
         cls_logits = cls_logits.float()
         dist_logits = dist_logits.float()
         cls_ce = F.cross_entropy(cls_logits, target, label_smoothing=self.label_smoothing)
-        losses = {}
+        losses = {}  # as they enter the sum: with their weights
 
         # Stage 2: CE of both heads against the labels, half each
         if teacher_features is None:
@@ -718,7 +726,8 @@ def train(args, device):
 def train_cnn(args, device):
     """Train the CNN args.train_teacher on the labels. Return the record of the last epoch.
 
-    There is no MixUp, CutMix, stochastic depth, moving average or torch.compile here.
+    There is no MixUp, CutMix, stochastic depth, moving average or torch.compile here. In a step the
+    BatchNorms of each process use the statistics of its own part of the batch.
     """
 
     # ---- precision ----
@@ -827,7 +836,7 @@ def train_cnn(args, device):
         # ---- checkpoints: the CNN as a teacher, and all that --resume needs ----
         if common.rank() == 0:
             common.save_checkpoint(f"{args.out}/student.pth", model=cnn.state_dict(),
-                                   cnn=args.train_teacher)
+                                   cnn=args.train_teacher, image_size=args.image_size)
             states = {name: part.state_dict() for name, part in stateful.items()}
             common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=settings)
     return log[-1]
@@ -837,11 +846,12 @@ def train_cnn(args, device):
 
 # Images x of classes y are made from the weights of a CNN alone. From noise, Adam minimises
 #     CE(CNN(x), y)            each image shows its class
-#     + tv * TV(x)             neighbouring pixels are alike
-#     + l2 * mean_i |x_i|      colours are moderate
-#     + bn * sum_l w_l (|mu_l(x) - mu_l| + |var_l(x) - var_l|)
+#     + tv * TV(x)             neighbouring pixels are alike: total variation
+#     + l2 * mean_i ||x_i||    colours are moderate
+#     + bn * sum_l w_l (||mean_l(x) - mean_l|| + ||var_l(x) - var_l||)
 #                              the input of BatchNorm l has the mean and variance of real images
 #     + divergence * L_bp      images of a class differ: DF-DearKD; without it DeepInversion
+# L_bp, the paper's boundary-preserving intra-divergence loss, comes first.
 
 
 def intra_divergence_loss(features, labels):
@@ -850,8 +860,9 @@ def intra_divergence_loss(features, labels):
     features: (B, D), L2-normalised here; labels: (B,). Image i is pushed away from its nearest
     class-mate e. The farthest one, h, marks the boundary of the class and is fixed in this term:
         L_bp = mean_i max(0, stopgrad(d_ih) - d_ie)
-    The mean is over images with two class-mates or more. d is the Euclidean distance: its gradient
-    does not vanish between near-copies, as that of 1 - cosine does.
+    The mean is over images with two class-mates or more: with fewer than three images of each class
+    L_bp is 0. d is the Euclidean distance: its gradient does not vanish between near-copies, as
+    that of 1 - cosine does.
     """
     f = F.normalize(features, dim=1)
     is_mate = labels[:, None] == labels                                     # (B, B)
@@ -859,18 +870,19 @@ def intra_divergence_loss(features, labels):
     with torch.no_grad():
         # Matrix products, which cdist may use, are inexact for near-copies
         d = torch.cdist(f, f, compute_mode="donot_use_mm_for_euclid_dist")  # (B, B)
-        d_h = d.masked_fill(~is_mate, -math.inf).amax(1)                    # (B,)
+        farthest = d.masked_fill(~is_mate, -math.inf).amax(1)               # d_ih, (B,)
         e = d.masked_fill(~is_mate, math.inf).argmin(1)                     # (B,)
-    d_e = (f - f[e]).norm(dim=1)                                            # (B,)
+    nearest = (f - f[e]).norm(dim=1)  # again, with gradients               # d_ie, (B,)
     has_two_mates = is_mate.sum(1) >= 2                                     # (B,)
-    terms = (d_h - d_e).clamp(min=0) * has_two_mates
+    terms = (farthest - nearest).clamp(min=0) * has_two_mates
     return terms.sum() / has_two_mates.sum().clamp(min=1)
 
 
 def total_variation(x):
     """Return the sum of four L2 norms over all images x (B, 3, S, S), a scalar.
 
-    They are those of the differences between neighbours: right, below, and on both diagonals.
+    They are those of the differences between neighbours: right, below, and on both diagonals. As in
+    DeepInversion's code the sum grows with the root of B: more images at once are smoother.
     """
     right = x[..., :, 1:] - x[..., :, :-1]
     below = x[..., 1:, :] - x[..., :-1, :]
@@ -880,20 +892,22 @@ def total_variation(x):
 
 
 def batch_norm_loss(inputs, first_weight=10.0):
-    """Return sum_l w_l (|mu_l(x) - mu_l| + |var_l(x) - var_l|), a scalar. Norms are over channels.
+    """Return sum_l w_l (||mean_l(x) - mean_l|| + ||var_l(x) - var_l||), a scalar.
 
-    inputs: {BatchNorm: its input (B, C, h, w)}, in the order of the network. mu_l and var_l are
-    stored in BatchNorm l. first_weight: w_0; the other weights are 1.
+    inputs: {BatchNorm: its input (B, C, h, w)}, in the order of the network. mean_l and var_l, (C,)
+    each, are stored in BatchNorm l. first_weight: w_0; the other weights are 1.
     """
     distances = []
-    for norm, x in inputs.items():
+    for batch_norm, x in inputs.items():
         # Only the sums are float32: a copy of x in float32 would cost more time than the rest. The
         # rounding of x * x averages out.
         x = x.permute(0, 2, 3, 1).flatten(0, 2)                             # (B*h*w, C)
         mean = x.sum(0, dtype=torch.float32) / len(x)                       # (C,)
         mean_square = (x * x).sum(0, dtype=torch.float32) / len(x)          # (C,)
-        var = mean_square - mean.square()
-        distances.append((mean - norm.running_mean).norm() + (var - norm.running_var).norm())
+        var = mean_square - mean.square()                                   # (C,)
+        mean_distance = (mean - batch_norm.running_mean).norm()
+        var_distance = (var - batch_norm.running_var).norm()
+        distances.append(mean_distance + var_distance)
     return first_weight * distances[0] + sum(distances[1:])
 
 
@@ -927,7 +941,7 @@ class Observer(nn.Module):
 
 
 # Above 64 px. All but divergence are DeepInversion's for ImageNet, tuned on torchvision's first
-# weights of ResNet-50 (V1).
+# weights of ResNet-50 (V1). What has a flag of the same name can be set there.
 IMAGENET = {
     "half_steps": 2000,      # steps in which the CNN sees the images average-pooled by 2
     "steps": 1000,           # then steps at full size
@@ -937,7 +951,7 @@ IMAGENET = {
     "l2": 1e-5,
     "bn": 0.01,
     "first_bn": 10.0,        # w_0, the weight of the first BatchNorm; the others have 1
-    "jitter": 30,            # in each step the images are rolled by up to so many pixels
+    "jitter": 30,            # in each step images of full size are rolled by up to so many pixels
     "divergence": 1.0,
 }
 
@@ -965,8 +979,9 @@ def synthesize(teacher, labels, image_size, *, half_steps, steps, image_lr, beta
 
     S = image_size. The images are normalised by common.MEAN and STD. The teacher is not changed.
     It may be an Observer of one, which can be compiled and then serves many calls.
-    The settings from half_steps to divergence are explained at IMAGENET: synthesize(teacher,
-    labels, 224, **IMAGENET). autocast: a context manager for the teacher's forward pass.
+    The settings from half_steps to divergence are explained above and at IMAGENET:
+    synthesize(teacher, labels, 224, **IMAGENET). Take many classes at once, since BatchNorm's
+    statistics are those of all. autocast: a context manager for the teacher's forward pass.
     """
     device = labels.device
     generator = torch.Generator().manual_seed(seed)
@@ -979,10 +994,12 @@ def synthesize(teacher, labels, image_size, *, half_steps, steps, image_lr, beta
 
     observer = teacher if isinstance(teacher, Observer) else Observer(teacher)
 
+    # First the CNN sees the images at half size, then as they are
     for pool, num_steps in ((2, half_steps), (1, steps)):
         optimizer = torch.optim.Adam([images], image_lr, betas)
         for step in range(num_steps):
-            # ---- learning rate: warm-up over 100 steps or a tenth of them, then cosine ----
+            # ---- learning rate: warm-up over 100 steps, at most a tenth of all; then cosine ----
+            # For this function a step is an epoch. In its middle the rate is never 0.
             optimizer.param_groups[0]["lr"] = common.learning_rate(
                 step + 0.5, num_steps, image_lr, min_lr=0, warmup_epochs=100)
 
@@ -996,17 +1013,22 @@ def synthesize(teacher, labels, image_size, *, half_steps, steps, image_lr, beta
 
             # ---- loss ----
             features, logits, batch_norm = observer(x, first_bn, autocast)
-            loss = (F.cross_entropy(logits, labels)
-                    + tv * total_variation(x)
-                    + l2 * x.flatten(1).norm(dim=1).mean()
-                    + bn * batch_norm
-                    + divergence * intra_divergence_loss(features, labels))
+            losses = {
+                "ce": F.cross_entropy(logits, labels),
+                "tv": tv * total_variation(x),
+                "l2": l2 * x.flatten(1).norm(dim=1).mean(),
+                "bn": bn * batch_norm,
+                "divergence": divergence * intra_divergence_loss(features, labels)}
 
             # ---- step: the gradient of the images alone; then back into the range of photos ----
-            images.grad = torch.autograd.grad(loss, images)[0]
+            images.grad = torch.autograd.grad(sum(losses.values()), images)[0]
             optimizer.step()
             with torch.no_grad():
                 images.clamp_(black, white)
+
+            if (step + 1) % 500 == 0 or step + 1 == num_steps:
+                terms = "  ".join(f"{name} {term:.3f}" for name, term in losses.items())
+                common.print0(f"step {step + 1}/{num_steps} at {x.shape[-1]} px  {terms}")
 
     if observer is not teacher:
         observer.remove_hooks()
@@ -1047,16 +1069,21 @@ def open_folder(out, resume, settings, class_names):
     checkpoint = common.open_run(out, resume, settings)
     if checkpoint is None:  # written before the first image, so that no image is without it
         common.save_checkpoint(out / "last.pth", args=settings, log=[])
+    train_folder.mkdir(parents=True, exist_ok=True)
+    other_classes = sorted(set(common.class_folders(train_folder)) - set(class_names))
+    if other_classes:
+        raise common.InputError(f"{train_folder} has other classes, {common.listed(other_classes)}:"
+                                " continue with the --val of the first time")
     for name in class_names:
-        (train_folder / name).mkdir(parents=True, exist_ok=True)
+        (train_folder / name).mkdir(exist_ok=True)
 
 
 def fill_folder(args, device):
     """Fill args.synthesize with images from the weights of args.teacher: train/CLASS/NUMBER.png.
 
-    preview.png shows the first 64 of them. A batch depends on the seed and its number alone, and a
-    batch whose files exist is skipped. So with --resume the same command continues after a kill,
-    and ends with the same files.
+    preview.png shows up to 64 of the first batch. A batch depends on the seed and its number alone,
+    and a batch whose files exist is skipped. So with --resume the same command continues after a
+    kill, and ends with the same files (on a CPU, bit for bit).
     """
     out = Path(args.synthesize)
 
@@ -1072,23 +1099,34 @@ def fill_folder(args, device):
     observer = Observer(teacher)
     if args.compile:
         observer.compile(dynamic=False)
-    class_names = [f"{label:03d}" for label in range(teacher.num_classes)]
+    # Numbers of one length, so that sorted names are in the order of the CNN's outputs
+    class_names = [f"{label:05d}" for label in range(teacher.num_classes)]
     if args.val:
         # Later --val measures a student: training and validation need folders of the same names
         try:
             class_names = common.class_folders(args.val)
         except OSError as error:
             raise common.InputError(f"--val {args.val}: {error}") from error
-    if len(class_names) != teacher.num_classes:
-        raise common.InputError(f"the teacher has {teacher.num_classes} classes, --val "
-                                f"{args.val} {len(class_names)}")
+        if len(class_names) != teacher.num_classes:
+            raise common.InputError(f"the teacher has {teacher.num_classes} classes, --val "
+                                    f"{args.val} {len(class_names)}")
 
     # ---- settings: those of the image size, then the flags that the user gave ----
     given = {name: value for name, value in vars(args).items()
              if name in IMAGENET and value is not None}
     settings = {**(CIFAR if args.image_size <= 64 else IMAGENET), **given}
+    if settings["divergence"] and args.images_per_class < 3:
+        common.print0("fewer than 3 images of a class: the intra-divergence loss is 0, so this is "
+                      "DeepInversion")
+    if Path(args.teacher).is_file():
+        learned_size = common.load_checkpoint(args.teacher).get("image_size", args.image_size)
+        if learned_size != args.image_size:
+            common.print0(f"the teacher learned from images of {learned_size} px, these have "
+                          f"{args.image_size}: --image-size {learned_size} may be what you want")
     if common.rank() == 0:
-        open_folder(out, args.resume, {**vars(args), **settings}, class_names)
+        # --teacher-weights may change when training is resumed. Here another file would mix images.
+        fixed = {**vars(args), **settings, "weights": args.teacher_weights}
+        open_folder(out, args.resume, fixed, class_names)
     if common.world_size() > 1:
         torch.distributed.barrier()
 
@@ -1108,6 +1146,8 @@ def fill_folder(args, device):
                             seed=common.seed_of(args.seed, i), autocast=autocast)
         if not images.isfinite().all():
             raise common.InputError("the images became NaN: lower --image-lr, or try --amp off")
+        with torch.no_grad(), autocast:
+            seen = (teacher(images).argmax(1) == labels).float().mean()
 
         pixels = images.cpu() * std + mean                              # (B, 3, S, S), 0 to 1
         if i == 0:
@@ -1116,8 +1156,13 @@ def fill_folder(args, device):
             save_whole(image, file, out)
         seconds = time.time() - start
         batches_left = (len(batches) - 1 - i) // common.world_size()
-        common.print0(f"batch {i + 1} of {len(batches)}: {len(files) / seconds:.3g} images/s  "
+        common.print0(f"batch {i + 1} of {len(batches)}: the CNN sees the class in {seen:.0%} of "
+                      f"{len(files)} images  {len(files) / seconds:.3g} images/s  "
                       f"left {common.duration(batches_left * seconds)}")
+    if common.world_size() > 1:
+        torch.distributed.barrier()
+    common.print0(f"{out / 'train'} is complete: {args.images_per_class} images of each of "
+                  f"{len(class_names)} classes")
 
 
 def save_whole(pixels, path, folder):
@@ -1248,7 +1293,8 @@ def parse_args(argv=None):
     free.add_argument("--images-per-class", type=common.positive_int, default=100,
                       help="how many to make (%(default)s)")
     free.add_argument("--images-per-batch", type=common.positive_int, default=128,
-                      help="how many to make at once, 7 or more (%(default)s)")
+                      help="how many to make at once, 7 or more; with more, BatchNorm's "
+                           "statistics fit better, and total variation weighs more (%(default)s)")
     free.add_argument("--half-steps", type=common.non_negative_int,
                       help=f"first steps, at half the image size {both('half_steps')}")
     free.add_argument("--steps", type=common.non_negative_int,
@@ -1260,8 +1306,8 @@ def parse_args(argv=None):
     free.add_argument("--bn", type=common.non_negative,
                       help=f"weight of BatchNorm's statistics {both('bn')}")
     free.add_argument("--divergence", type=common.non_negative,
-                      help="weight of the intra-divergence loss, 0: DeepInversion "
-                           f"{both('divergence')}")
+                      help="weight of the intra-divergence loss, which needs 3 images a class; 0: "
+                           f"DeepInversion {both('divergence')}")
 
     run = parser.add_argument_group("run")
     run.add_argument("--amp", choices=common.DTYPES,
@@ -1290,6 +1336,13 @@ def parse_args(argv=None):
     if is_for_student and args.image_size % args.patch_size:
         parser.error(f"--image-size {args.image_size} is no multiple of --patch-size "
                      f"{args.patch_size}")
+    modes = {"--train-teacher": args.train_teacher, "--synthesize": args.synthesize,
+             "--demo": args.demo, "--demo-data-free": args.demo_data_free}
+    chosen = [flag for flag, value in modes.items() if value]
+    if len(chosen) > 1:
+        parser.error(f"{' and '.join(chosen)} are different tasks: give one of them")
+    if args.synthesize and args.amp == "fp16":
+        parser.error("--amp fp16 is too coarse for the gradients of pixels: take bf16 or off")
     if args.synthesize and args.teacher == "none":
         parser.error("--synthesize needs a --teacher")
     if args.train_teacher and args.accum > 1:
@@ -1333,7 +1386,8 @@ def demo(args, device):
         }
         for name, flags in runs.items():
             folder = f"{out}/{name.split()[-1]}"
-            common.print0(f"\n{name}: python dearkd.py {shared} {' '.join(flags)} --out {folder}")
+            command = f"python dearkd.py {shared} {' '.join(flags)} --out {folder}"
+            common.print0(f"\n{name}: {command.replace(out, 'out/demo')}")
             run_args = parse_args([*shared.split(), *flags, "--out", folder])
             run = train_cnn if run_args.train_teacher else train
             record = run(run_args, device)
@@ -1350,19 +1404,19 @@ def demo_data_free(args, device):
         raise common.InputError("--demo-data-free runs in one process, without torchrun")
     shared = (f"{DEMO} --workers {args.workers} --seed {args.seed} "
               "--train-teacher cifar_resnet20 --epochs 3")
-    # Few steps, and flat shapes: less of BatchNorm, more of total variation than for photos
-    made = ("--image-size 32 --images-per-class 12 --steps 150 --bn 0.05 --tv 0.03 "
-            f"--seed {args.seed}")
+    # Few steps. The shapes are flat: ten times the total variation for photos
+    made = f"--image-size 32 --images-per-class 12 --steps 150 --tv 0.03 --seed {args.seed}"
     divergence = {"DeepInversion": "0", "DF-DearKD": "1"}
     table = []
     with tempfile.TemporaryDirectory() as out:
-        common.print0(f"\nCNN: python dearkd.py {shared} --out {out}/CNN")
+        common.print0(f"\nCNN: python dearkd.py {shared} --out out/demo/CNN")
         record = train_cnn(parse_args([*shared.split(), "--out", f"{out}/CNN"]), device)
         table.append(f"{'CNN':24s} top-1 {record['top1']:5.1f} %")
         for name, weight in divergence.items():
             flags = ["--divergence", weight, "--teacher", f"{out}/CNN/student.pth",
                      "--synthesize", f"{out}/{name}"]
-            common.print0(f"\n{name}: python dearkd.py {made} {' '.join(flags)}")
+            command = f"python dearkd.py {made} {' '.join(flags)}"
+            common.print0(f"\n{name}: {command.replace(out, 'out/demo')}")
             fill_folder(parse_args([*made.split(), *flags]), device)
             picture = Path("out") / f"demo-{name}.png"
             picture.parent.mkdir(exist_ok=True)

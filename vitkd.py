@@ -728,7 +728,8 @@ def demo(args, device):
         }
         for name, flags in runs.items():
             folder = f"{out}/{name.split()[-1]}"
-            common.print0(f"\n{name}: python vitkd.py {shared} {' '.join(flags)} --out {folder}")
+            command = f"python vitkd.py {shared} {' '.join(flags)} --out {folder}"
+            common.print0(f"\n{name}: {command.replace(out, 'out/demo')}")
             record = train(parse_args([*shared.split(), *flags, "--out", folder]), device)
             table.append(f"{name:18s} top-1 {record['top1']:5.1f} %")
     common.print0("\n" + "\n".join(table))

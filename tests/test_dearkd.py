@@ -357,6 +357,8 @@ def test_init_from_a_student_keeps_its_learned_position_weight(tmp_path):
     (lambda w: w.update({"blocks.0.attn.pos_weight": torch.zeros(3, 3)}),
      "unexpected blocks.0.attn.pos_weight"),
     (lambda w: w.update({"norm.weight": torch.zeros(9)}), r"norm.weight \(9,\) instead of \(48,\)"),
+    # Of a ViT without the distillation token
+    (lambda w: w.update(pos_embed=torch.zeros(1, 10, 48)), r"pos_embed \(1, 10, 48\) instead of"),
 ])
 def test_init_is_strict_otherwise(change, message, tmp_path):
     weights = distilled_deit()
@@ -448,8 +450,10 @@ def test_wrong_teachers_say_what_is_wrong(name, content, message, tmp_path):
 
 
 def test_a_path_must_be_of_train_teacher(teacher):
-    with pytest.raises(common.InputError, match="no student.pth of --train-teacher alone"):
+    with pytest.raises(common.InputError, match="is no student.pth of --train-teacher"):
         dearkd.load_teacher(str(teacher))
+    with pytest.raises(common.InputError, match="is a file of weights, and other.pth another"):
+        dearkd.load_teacher(str(cnn_beside(teacher)), "other.pth")
     with pytest.raises(common.InputError, match="the teacher has 10 classes, the data 7"):
         dearkd.load_teacher(str(cnn_beside(teacher)), num_classes=7)
 
@@ -627,6 +631,10 @@ def test_the_aligners_are_not_trained_in_stage_2(teacher, tmp_path, monkeypatch)
     (["--images-per-batch", 6], "--images-per-batch must be 7 or more"),
     (["--train-teacher", "resnet18", "--accum", 2], "--train-teacher takes no --accum"),
     (["--synthesize", "x", "--teacher", "none"], "--synthesize needs a --teacher"),
+    (["--synthesize", "x", "--amp", "fp16"], "--amp fp16 is too coarse"),
+    (["--synthesize", "x", "--train-teacher", "resnet18"],
+     "--train-teacher and --synthesize are different tasks"),
+    (["--demo", "--demo-data-free"], "--demo and --demo-data-free are different tasks"),
     (["--synthesize", "x", "--val", "."], "the teacher has 10 classes, --val . 0"),
     (["--synthesize", "x", "--val", "nowhere"], "--val nowhere: .*No such file"),
 ])
@@ -984,7 +992,40 @@ def test_a_resumed_synthesis_notices_flags_left_out(synthesis, tmp_path):
     assert "already holds a run: add --resume" in said
     without_steps = synthesis[:-2]
     said = error_of("dearkd", *without_steps, "--synthesize", out, "--resume")
-    assert "other settings: steps 2000, before 12" in said
+    assert said.endswith("other settings: steps 2000, before 12. For other settings start a new run "
+                         "in another folder")
+
+
+def test_a_resumed_synthesis_does_not_mix_classes_or_cnns(synthesis, photos, tmp_path):
+    out = tmp_path / "made"
+    main("dearkd", *synthesis, "--synthesize", out)
+    before = files(out)
+    assert {path.name for path in (out / "train").iterdir()} == {"00000", "00001", "00002"}
+    said = error_of("dearkd", *synthesis, "--synthesize", out, "--resume", "--val", photos / "val")
+    assert "train has other classes, 00000, 00001, 00002: continue with the --val" in said
+    other = dearkd.make_cnn("cifar_resnet20", 3)
+    torch.save(other.state_dict(), tmp_path / "other.pth")
+    said = error_of("dearkd", *synthesis, "--synthesize", out, "--resume", "--teacher",
+                    "cifar_resnet20", "--teacher-weights", tmp_path / "other.pth")
+    assert "other.pth, before None" in said
+    assert files(out) == before
+    assert {path.name for path in (out / "train").iterdir()} == {"00000", "00001", "00002"}
+
+
+def test_a_synthesis_says_what_it_makes(synthesis, tmp_path, capsys):
+    saved = common.load_checkpoint(tmp_path / "cnn.pth")
+    common.save_checkpoint(tmp_path / "cnn.pth", **saved, image_size=32)
+    few = ["--image-size", 8, "--images-per-class", 1, "--half-steps", 1, "--steps", 2]
+    main("dearkd", *synthesis, *few, "--synthesize", tmp_path / "made")
+    said = capsys.readouterr().out
+    assert "the teacher learned from images of 32 px, these have 8" in said
+    assert "the intra-divergence loss is 0, so this is DeepInversion" in said
+    assert re.search(r"step 1/1 at 4 px .*\nstep 2/2 at 8 px  ce \d+\.\d+  tv .* divergence 0.000\n",
+                     said)
+    assert re.search(r"the CNN sees the class in \d+% of 3 images", said)
+    assert said.endswith("train is complete: 1 images of each of 3 classes\n")
+    main("dearkd", *synthesis, "--synthesize", tmp_path / "three", "--images-per-class", 3)
+    assert "intra-divergence loss is 0" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])

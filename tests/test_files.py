@@ -1006,8 +1006,8 @@ def test_resume_after_a_class_was_added_is_refused(messy, photos, tmp_path):
     shutil.copytree(photos / "train" / "ant", tmp_path / "photos" / "train" / "dog")
     message = error_of("vitkd", *messy.words, "--data", tmp_path / "photos", "--resume")
     assert message == (f"{messy.out}/last.pth was written with other settings: num_classes 4, "
-                       "before 3. For other settings start a new run, perhaps with --init "
-                       f"{messy.out}/student.pth")
+                       "before 3. For other settings start a new run in another folder, perhaps "
+                       f"with --init {messy.out}/student.pth")
 
 
 def test_our_own_last_pth_gives_the_student(messy):

@@ -272,7 +272,7 @@ def test_resume_refuses_other_settings_and_finished_runs_stay(teacher, tmp_path)
         f"{tmp_path}/run already holds a run: add --resume, or choose another folder")
     assert error_of("vitkd", *words, "--resume", "--lr", 0.5, "--no-nkd") == (
         f"{last} was written with other settings: no_nkd True, before False; lr 0.5, before 0.001. "
-        f"For other settings start a new run, perhaps with --init {tmp_path}/run/student.pth")
+        f"For other settings start a new run in another folder, perhaps with --init {tmp_path}/run/student.pth")
     before = last.read_bytes(), student(tmp_path / "run")
     main("vitkd", *words, "--resume", "--workers", 2)  # finished: nothing is left to do
     assert last.read_bytes() == before[0]
