@@ -35,6 +35,19 @@ def test_every_line_of_results_is_whole():
         assert {"name", "seed", "command", "commit", "cpu", "date", "versions"} <= line.keys()
 
 
+@pytest.mark.parametrize("file", [ROOT / "README.md", *(f"{name}.py" for name in SCRIPTS),
+                                  study.RESULTS.with_name("README.md")], ids=str)
+def test_every_mean_with_a_deviation_is_in_the_results(file):
+    """Numbers in prose grow old when another seed is measured."""
+    results = study.read_results()
+    known = {"21.8 (0.7)", "23.7 (1.2)"}  # of lightlytrain.md
+    for table, rows in study.TABLES.items():
+        for row in rows:
+            known.add(study.mean_and_deviation(study.seeds_top1(results, table, row)))
+    found = set(re.findall(r"\d+\.\d \(\d+\.\d\)", (ROOT / file).read_text()))
+    assert found <= known
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_that_reads_its_teachers_outputs_trains_the_same_student(
         script, teacher, tmp_path, monkeypatch):
