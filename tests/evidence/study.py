@@ -451,8 +451,6 @@ def seeds_top1(results, table, row):
 
 
 def mean_and_deviation(values):
-    if not values:
-        return "not run"
     if len(values) == 1:
         return f"{values[0]:.1f} (one seed)"
     return f"{statistics.mean(values):.1f} ({statistics.stdev(values):.1f})"
@@ -479,11 +477,14 @@ def summary_table(results):
 
 
 def study_table(results, table):
+    """Return the table of a study, without rows that were not run."""
     if table == "summary":
         return summary_table(results)
     lines = ["| student | seeds 0, 1, 2 | mean (deviation) |", "|---|---|---|"]
     for row in TABLES[table]:
         values = seeds_top1(results, table, row)
+        if not values:
+            continue
         seeds = ", ".join(f"{value:.1f}" for value in values)
         lines.append(f"| {row} | {seeds} | {mean_and_deviation(values)} |")
     return "\n".join(lines)
