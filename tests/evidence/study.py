@@ -126,6 +126,10 @@ TEACHERS = {
     "cifar-cnn": (0, f"dearkd.py {CIFAR} {LIGHT} --train-teacher cifar_resnet56 "
                      "--init data/cifar_resnet56.pth --batch-size 128 --lr 1e-3 --epochs 3 "
                      "--workers 1 --eval-every 100"),
+    # It has seen a quarter of the images alone, the same as its student
+    "cifar-cnn-quarter": (0, f"dearkd.py {CIFAR} {LIGHT} --train-teacher cifar_resnet20 "
+                             "--data-fraction 0.25 --batch-size 128 --lr 2e-3 --epochs 16 "
+                             "--workers 1 --eval-every 100"),
     # It teaches nobody: judge_images.py asks it what it sees in made images
     "verifier": (1, f"dearkd.py {CIFAR} {LIGHT} --train-teacher cifar_resnet20 --batch-size 128 "
                     "--lr 2e-3 --epochs 4 --workers 1")}
@@ -217,7 +221,9 @@ TABLES = {
         "25 %, alone": f"{CURVE} --data-fraction 0.25 {ALONE}",
         "25 %, DearKD": f"{CURVE} --data-fraction 0.25 {CIFAR_CNN_JPEG}",
         "100 %, alone": f"{CURVE} {ALONE}",
-        "100 %, DearKD": f"{CURVE} {CIFAR_CNN_JPEG}"},
+        "100 %, DearKD": f"{CURVE} {CIFAR_CNN_JPEG}",
+        "25 %, DearKD, a CNN of the same 25 %":
+            f"{CURVE} --data-fraction 0.25 --teacher {OUT}/cifar-cnn-quarter/student.pth"},
     "dearkd-half": {  # half of the images, also a point of the curve
         "alone": f"{HALF} {ALONE}",
         "DearKD": f"{HALF} {CIFAR_CNN_JPEG}",
