@@ -448,14 +448,16 @@ def find_teacher(name, weights):
     if not Path(name).is_file():
         raise common.InputError(f"no teacher {name}: choose {', '.join(TEACHERS)}, or the path of "
                                 "a student.pth")
+    if weights:
+        raise common.InputError(f"--teacher {name} is a file of weights, and {weights} another: "
+                                "--teacher-weights belongs to the name of a teacher")
     saved = common.load_checkpoint(name)
     is_student = (isinstance(saved, dict) and saved.get("script") in ("attndistill", "vitkd")
                   and "arch" in saved)
-    if weights or not is_student:
+    if not is_student:
         raise common.InputError(
-            f"{name} is no name of a teacher, and no student.pth of attndistill.py or vitkd.py "
-            "alone. For a file of other weights choose the name, such as dino_s16 or vit_s, and "
-            "give the file as --teacher-weights")
+            f"{name} is no student.pth of attndistill.py or vitkd.py. For a file of other weights "
+            "choose the name, such as dino_s16 or vit_s, and give the file as --teacher-weights")
     return name, saved["arch"], {}
 
 
@@ -602,6 +604,9 @@ def train(args, device):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
     # ---- resume ----
+    trained_on = {"classes": None, "image_size": args.image_size}  # it reads no labels
+    for path in (args.init, args.teacher):
+        common.compare_with_training(path, **trained_on)
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
     settings = {**vars(args), "num_classes": num_classes}  # a resumed run must have the same
     log = []  # one record an epoch
@@ -688,7 +693,7 @@ def train(args, device):
         # ---- checkpoints: the student as a plain ViT, and all that --resume needs ----
         if common.rank() == 0:
             common.save_checkpoint(f"{args.out}/student.pth", model=student.state_dict(),
-                                   arch=arch, script="attndistill")
+                                   arch=arch, script="attndistill", trained_on=trained_on)
             states = {name: part.state_dict() for name, part in stateful.items()}
             common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=settings)
     return log[-1]

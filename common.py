@@ -413,10 +413,29 @@ def load_data(data, val, image_size):
     filled = set(train_images.targets)
     empty = [name for label, name in enumerate(classes) if label not in filled]
     if empty:
-        raise InputError(f"{train_folder} has no images of the classes {listed(empty)}")
+        raise InputError(f"{train_folder} has no images of the classes {listed(empty)}: remove "
+                         "their folders, or add images")
     if len(val_images) == 0:
         raise InputError(f"{val_folder} has no images of the classes {listed(classes)}")
     return train_images, val_images
+
+
+def compare_with_training(path, classes, image_size):
+    """Say if a student.pth learned other classes than `classes`, or images of another size.
+
+    Both may be intended. path: of any file, or the name of a teacher, of which nothing is known.
+    classes: their names in order, or None if they do not matter.
+    """
+    saved = load_checkpoint(path) if path and Path(path).is_file() else None
+    trained_on = saved.get("trained_on") if isinstance(saved, dict) else None
+    if not isinstance(trained_on, dict):
+        return
+    if classes and trained_on["classes"] and trained_on["classes"] != classes:
+        print0(f"WARNING: {path} learned the classes {listed(trained_on['classes'])}; here they are "
+               f"{listed(classes)}")
+    if trained_on["image_size"] != image_size:
+        print0(f"{path} learned from images of {trained_on['image_size']} px, here they have "
+               f"{image_size}")
 
 
 def load_cifar(name):
@@ -545,8 +564,9 @@ def download(url):
     try:
         first_on_each_machine(fetch)
     except (OSError, RuntimeError) as error:
-        raise InputError(f"{url} cannot be downloaded: {error}. If you have the file, give its "
-                         "path as --teacher-weights") from error
+        raise InputError(f"{url} cannot be downloaded: {error}. If you have the file, give its path "
+                         "in place of the address, or that of a teacher as --teacher-weights "
+                         "(eval_knn.py: --weights)") from error
     return path
 
 

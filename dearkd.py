@@ -613,6 +613,9 @@ def train(args, device):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
     # ---- resume, or check the teacher ----
+    trained_on = {"classes": list(train_images.classes), "image_size": args.image_size}
+    for path in (args.init, args.teacher):
+        common.compare_with_training(path, **trained_on)
     stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     settings = {**vars(args), "num_classes": num_classes}  # a resumed run must have the same
     log = []  # one record an epoch
@@ -717,7 +720,7 @@ def train(args, device):
         # ---- checkpoints: the student as a plain ViT, and all that --resume needs ----
         if common.rank() == 0:
             common.save_checkpoint(f"{args.out}/student.pth", model=ema.module.state_dict(),
-                                   arch=arch, script="dearkd")
+                                   arch=arch, script="dearkd", trained_on=trained_on)
             states = {name: part.state_dict() for name, part in stateful.items()}
             common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=settings)
     return log[-1]
@@ -760,6 +763,8 @@ def train_cnn(args, device):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
     # ---- resume ----
+    trained_on = {"classes": list(train_images.classes), "image_size": args.image_size}
+    common.compare_with_training(args.init, **trained_on)
     stateful = {"model": cnn, "optimizer": optimizer, "scaler": scaler}
     settings = {**vars(args), "num_classes": num_classes}  # a resumed run must have the same
     log = []  # one record an epoch
@@ -836,7 +841,7 @@ def train_cnn(args, device):
         # ---- checkpoints: the CNN as a teacher, and all that --resume needs ----
         if common.rank() == 0:
             common.save_checkpoint(f"{args.out}/student.pth", model=cnn.state_dict(),
-                                   cnn=args.train_teacher, image_size=args.image_size)
+                                   cnn=args.train_teacher, trained_on=trained_on)
             states = {name: part.state_dict() for name, part in stateful.items()}
             common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=settings)
     return log[-1]
@@ -1118,11 +1123,7 @@ def fill_folder(args, device):
     if settings["divergence"] and args.images_per_class < 3:
         common.print0("fewer than 3 images of a class: the intra-divergence loss is 0, so this is "
                       "DeepInversion")
-    if Path(args.teacher).is_file():
-        learned_size = common.load_checkpoint(args.teacher).get("image_size", args.image_size)
-        if learned_size != args.image_size:
-            common.print0(f"the teacher learned from images of {learned_size} px, these have "
-                          f"{args.image_size}: --image-size {learned_size} may be what you want")
+    common.compare_with_training(args.teacher, class_names if args.val else None, args.image_size)
     if common.rank() == 0:
         # --teacher-weights may change when training is resumed. Here another file would mix images.
         fixed = {**vars(args), **settings, "weights": args.teacher_weights}

@@ -211,8 +211,8 @@ def load_model(weights, arch, image_size):
     saved = common.load_checkpoint(weights)
     name = saved.get("script") if isinstance(saved, dict) else None
     if name not in ("attndistill", "vitkd", "dearkd"):
-        raise common.InputError(f"{weights} is no student.pth. For a released ViT name it, too: "
-                                "--arch dino_s16, for example")
+        raise common.InputError(f"{weights} holds no ViT of attndistill.py, vitkd.py or dearkd.py. "
+                                "For a released ViT name it, too: --arch dino_s16, for example")
     script = importlib.import_module(name)
     image_size = image_size or saved["arch"]["image_size"]
     patch_size = saved["arch"]["patch_size"]

@@ -327,13 +327,14 @@ def find_teacher(name, weights):
     if not Path(name).is_file():
         raise common.InputError(f"no teacher {name}: choose {', '.join(TEACHERS)}, none, or the "
                                 "path of a student.pth")
+    if weights:
+        raise common.InputError(f"--teacher {name} is a file of weights, and {weights} another: "
+                                "--teacher-weights belongs to the name of a teacher")
     saved = common.load_checkpoint(name)
-    is_student = isinstance(saved, dict) and saved.get("script") == "vitkd" and "arch" in saved
-    if weights or not is_student:
+    if not (isinstance(saved, dict) and saved.get("script") == "vitkd" and "arch" in saved):
         raise common.InputError(
-            f"{name} is no name of a teacher, and no student.pth of vitkd.py alone. For a file of "
-            f"other weights choose the name, {', '.join(TEACHERS)}, and give the file as "
-            "--teacher-weights")
+            f"{name} is no student.pth of vitkd.py. For a file of other weights choose the name, "
+            f"{', '.join(TEACHERS)}, and give the file as --teacher-weights")
     return name, saved["arch"], {}
 
 
@@ -477,6 +478,9 @@ def train(args, device):
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
     # ---- resume, or check the teacher ----
+    trained_on = {"classes": list(train_images.classes), "image_size": args.image_size}
+    for path in (args.init, args.teacher):
+        common.compare_with_training(path, **trained_on)
     stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
     settings = {**vars(args), "num_classes": num_classes}  # a resumed run must have the same
     log = []  # one record an epoch
@@ -577,7 +581,7 @@ def train(args, device):
         # ---- checkpoints: the student as a plain ViT, and all that --resume needs ----
         if common.rank() == 0:
             common.save_checkpoint(f"{args.out}/student.pth", model=ema.module.state_dict(),
-                                   arch=arch, script="vitkd")
+                                   arch=arch, script="vitkd", trained_on=trained_on)
             states = {name: part.state_dict() for name, part in stateful.items()}
             common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=settings)
     return log[-1]

@@ -1012,20 +1012,24 @@ def test_a_resumed_synthesis_does_not_mix_classes_or_cnns(synthesis, photos, tmp
     assert {path.name for path in (out / "train").iterdir()} == {"00000", "00001", "00002"}
 
 
-def test_a_synthesis_says_what_it_makes(synthesis, tmp_path, capsys):
+def test_a_synthesis_says_what_it_makes(synthesis, photos, tmp_path, capsys):
     saved = common.load_checkpoint(tmp_path / "cnn.pth")
-    common.save_checkpoint(tmp_path / "cnn.pth", **saved, image_size=32)
+    common.save_checkpoint(tmp_path / "cnn.pth", **saved,
+                           trained_on={"classes": ["a", "b", "c"], "image_size": 32})
     few = ["--image-size", 8, "--images-per-class", 1, "--half-steps", 1, "--steps", 2]
     main("dearkd", *synthesis, *few, "--synthesize", tmp_path / "made")
     said = capsys.readouterr().out
-    assert "the teacher learned from images of 32 px, these have 8" in said
+    assert "cnn.pth learned from images of 32 px, here they have 8\n" in said
     assert "the intra-divergence loss is 0, so this is DeepInversion" in said
     assert re.search(r"step 1/1 at 4 px .*\nstep 2/2 at 8 px  ce \d+\.\d+  tv .* divergence 0.000\n",
                      said)
     assert re.search(r"the CNN sees the class in \d+% of 3 images", said)
     assert said.endswith("train is complete: 1 images of each of 3 classes\n")
-    main("dearkd", *synthesis, "--synthesize", tmp_path / "three", "--images-per-class", 3)
-    assert "intra-divergence loss is 0" not in capsys.readouterr().out
+    main("dearkd", *synthesis, "--synthesize", tmp_path / "three", "--images-per-class", 3,
+         "--val", photos / "val")
+    said = capsys.readouterr().out
+    assert "intra-divergence loss is 0" not in said
+    assert "cnn.pth learned the classes a, b, c; here they are ant, bee, cat\n" in said
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])

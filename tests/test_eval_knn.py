@@ -230,7 +230,7 @@ def test_wrong_input_is_one_line(tmp_path, weights, photos):
     for words, message in (
             (data, "give a student.pth as --weights, or the name of a released ViT as --arch"),
             ([*data, "--weights", tmp_path / "no.pth"], "no.pth cannot be read: No such file"),
-            ([*data, "--weights", tmp_path / "other.pth"], "no student.pth. For a released ViT"),
+            ([*data, "--weights", tmp_path / "other.pth"], "no ViT of attndistill.py, .*. For a released ViT"),
             ([*data, "--weights", tmp_path / "part.pth"], "it lacks norm.bias"),
             ([*data, "--arch", "dino_s15"], "no teacher dino_s15: choose dino_s16"),
             ([*data, "--arch", "mugs_s16"], "mugs_s16 has no download: give its file"),

@@ -458,7 +458,8 @@ def test_a_download_that_fails_says_so(tmp_path, monkeypatch):
         common.load_checkpoint("https://127.0.0.1:9/x.pth")
     message = str(error.value)
     assert message.startswith("https://127.0.0.1:9/x.pth cannot be downloaded: ")
-    assert message.endswith(". If you have the file, give its path as --teacher-weights")
+    assert message.endswith(". If you have the file, give its path in place of the address, or that "
+                            "of a teacher as --teacher-weights (eval_knn.py: --weights)")
     # A web page that was kept in its place
     page = tmp_path / "hub" / "checkpoints" / "127.0.0.1" / "x.pth"
     page.parent.mkdir(parents=True, exist_ok=True)
@@ -893,9 +894,11 @@ FOLDER_PROBLEMS = {
         lambda folder: put(folder, *[f"val/{name}/1.png" for name in "vwxyz"]),
         "{folder}/val has classes that {folder}/train lacks: v, w, x, ... (5 in all)"),
     "an empty class": (lambda folder: (folder / "train" / "cat").mkdir(),
-                       "{folder}/train has no images of the classes cat"),
+                       "{folder}/train has no images of the classes cat: remove their "
+                               "folders, or add images"),
     "a class of other files": (lambda folder: put(folder, "train/cat/1.txt", content=b"x"),
-                               "{folder}/train has no images of the classes cat"),
+                               "{folder}/train has no images of the classes cat: remove their "
+                               "folders, or add images"),
     "no classes": (lambda folder: (shutil.rmtree(folder), put(folder, "train/1.png", "val/1.png")),
                    "{folder}/train holds no folders: the images of each class need one"),
     "an empty val": (lambda folder: (shutil.rmtree(folder / "val"), (folder / "val").mkdir()),

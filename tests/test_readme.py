@@ -92,12 +92,17 @@ def test_the_heads_rows_of_some_classes_are_kept(tmp_path, monkeypatch):
     assert torch.equal(teacher.head.weight, weights["head.weight"][[13, 907]])
 
 
-def test_every_tenth_photo_moves_to_validation(photos, tmp_path, monkeypatch):
+def test_every_tenth_photo_of_a_class_moves_to_validation(photos, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(photos / "train", "my/images/train")
+    album = Path("my/images/train/cat/album")  # 32 photos of a class, here in a folder within it
+    Path("my/images/train/cat").rename("cat")
+    album.parent.mkdir()
+    Path("cat").rename(album)
+    Path("my/images/train/.DS_Store").write_text("")
     exec(block_with("photo.rename"), {})  # noqa: S102
     train_images, val_images = common.load_data("my/images", None, 16)
-    assert len(train_images) == 86 and len(val_images) == 10  # of 96
+    assert len(train_images) == 3 * 29 and len(val_images) == 3 * 3
     assert set(val_images.targets) == {0, 1, 2}
 
 
@@ -107,9 +112,9 @@ def test_a_photo_is_classified_and_the_student_loads_in_timm(photos, tmp_path, m
     student = vitkd.ViT(**arch).eval()
     student.head.bias.data[1] = 1e3  # it sees bees everywhere
     Path("out/distilled").mkdir(parents=True)
+    trained_on = {"classes": ["ant", "bee", "cat"], "image_size": 32}
     common.save_checkpoint("out/distilled/student.pth", model=student.state_dict(), arch=arch,
-                           script="vitkd")
-    shutil.copytree(photos / "train", "my/images/train")
+                           script="vitkd", trained_on=trained_on)
     shutil.copy(photos / "val" / "cat" / "000.jpg", "photo.jpg")
     exec(block_with("photo.jpg"), {})  # noqa: S102
     assert capsys.readouterr().out == "bee\n"
@@ -123,8 +128,10 @@ def test_a_photo_is_classified_and_the_student_loads_in_timm(photos, tmp_path, m
 
 def commands():
     lines = re.findall(r"`(python \w+\.py [^`]+)`", README)
+    variables = {}  # they stay for later blocks, as in a shell
     for block in blocks("bash"):
-        for name, words in re.findall(r"^(\w+)=\((.*)\)$", block, re.MULTILINE):
+        variables |= dict(re.findall(r"^(\w+)=\((.*)\)$", block, re.MULTILINE))
+        for name, words in variables.items():
             block = block.replace(f'"${{{name}[@]}}"', words)
         lines += block.splitlines()
     return [line for line in lines if re.search(r"\w+\.py", line)]

@@ -33,6 +33,29 @@ def random_flags(script):
 # ------------------------------------------------------------------ a run and its files
 
 
+def test_a_student_knows_its_classes_and_image_size(photos, teacher, tmp_path, capsys):
+    alone = ["--teacher", "none", "--epochs", 1]
+    main("vitkd", *flags("vitkd", teacher, tmp_path / "vit", "--data", photos, *alone))
+    path = tmp_path / "vit" / "student.pth"
+    trained_on = common.load_checkpoint(path)["trained_on"]
+    assert trained_on == {"classes": ["ant", "bee", "cat"], "image_size": 16}
+    assert "learned" not in capsys.readouterr().out
+
+    shutil.copytree(photos, tmp_path / "photos")
+    for split in ("train", "val"):
+        (tmp_path / "photos" / split / "bee").rename(tmp_path / "photos" / split / "wasp")
+    other = ["--data", tmp_path / "photos", "--image-size", 32, "--epochs", 1, "--teacher"]
+    classes = f"WARNING: {path} learned the classes ant, bee, cat; here they are ant, cat, wasp"
+    size = f"{path} learned from images of 16 px, here they have 32"
+    main("vitkd", *flags("vitkd", teacher, tmp_path / "taught", *other, path))
+    assert {classes, size} <= set(capsys.readouterr().out.splitlines())
+    main("vitkd", *flags("vitkd", teacher, tmp_path / "started", *other, "none", "--init", path))
+    assert {classes, size} <= set(capsys.readouterr().out.splitlines())
+    main("attndistill", *flags("attndistill", teacher, tmp_path / "features", *other, path))
+    lines = capsys.readouterr().out.splitlines()
+    assert size in lines and classes not in lines  # it reads no labels
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_run_and_what_it_leaves(script, teacher, tmp_path, capsys):
     teacher_before = teacher.read_bytes()
@@ -79,7 +102,7 @@ def test_a_run_and_what_it_leaves(script, teacher, tmp_path, capsys):
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
         "last.pth", "student.pth", "log.jsonl", "args.json"}
     exported = common.load_checkpoint(tmp_path / "run" / "student.pth")
-    assert exported.keys() == {"model", "arch", "script"}
+    assert exported.keys() == {"model", "arch", "script", "trained_on"}
     assert exported["script"] == script
     importlib.import_module(script).ViT(**exported["arch"]).load_state_dict(exported["model"])
     assert teacher.read_bytes() == teacher_before
