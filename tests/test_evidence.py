@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "tests" / "evidence"))
 import cached_teacher
 import control_images
 import curves
+import demos
 import study
 
 import common
@@ -84,6 +85,17 @@ def test_other_images_and_another_teacher_are_not_mistaken(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
     another = cached_teacher.cached(torch.neg, "another", tmp_path)
     assert torch.equal(another(torch.ones(2, 3)), -torch.ones(2, 3))
+
+
+def test_the_tables_of_demos_are_read():
+    assert demos.read_table(
+        "teacher out/demo/teacher/student.pth: top-1 86.8 % on the validation images\n\n"
+        "teacher, with labels           k-NN top-1  95.1 %\n"
+        "student, alignment + guidance  k-NN top-1  85.4 %\n"
+        "student alone      top-1   5.0 %\n"
+        "DF-DearKD        images: top-1 of the CNN 100.0 %, distance 0.320\n") == {
+            "teacher": 95.1, "student, alignment + guidance": 85.4, "student alone": 5.0,
+            "DF-DearKD: top-1 of the CNN": 100.0, "DF-DearKD: distance": 0.32}
 
 
 def test_a_curve_has_a_point_for_each_seed_and_a_line_through_the_means():
