@@ -1158,9 +1158,10 @@ def fill_folder(args, device):
             save_whole(image, file, out)
         seconds = time.time() - start
         batches_left = (len(batches) - 1 - i) // common.world_size()
-        common.print0(f"batch {i + 1} of {len(batches)}: the CNN sees the class in {seen:.0%} of "
-                      f"{len(files)} images  {len(files) / seconds:.3g} images/s  "
-                      f"left {common.duration(batches_left * seconds)}")
+        left = common.duration(batches_left * seconds)
+        judged = f"the CNN sees the class in {seen:.0%} of {len(files)} images"
+        speed = f"{len(files) / seconds:.3g} images/s"
+        common.print0(f"batch {i + 1} of {len(batches)}: {judged}  {speed}  left {left}")
     if common.world_size() > 1:
         torch.distributed.barrier()
     common.print0(f"{out / 'train'} is complete: {args.images_per_class} images of each of "
