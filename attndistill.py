@@ -5,24 +5,27 @@ guidance", arXiv 2210.00944 (BMVC 2022). Formulas, constants and recipe are the 
 released code). Ours:
   - the last block and the projector run for the class token alone;
   - the teacher's attention to register tokens is left out;
+  - where a resized attention is negative, it becomes 1e-8 before its row is scaled to its sum;
   - tokens and position embedding have no weight decay;
-  - the learning rate is scaled by the root of the batch size, and warm-up takes a tenth of the run
-    at most;
+  - the learning rate is scaled by the root of the batch size;
+  - warm-up takes at most a tenth of the run;
+  - mixed precision is bf16 where the device has it, theirs is fp16;
   - the projector's first LayerNorm is the student's final norm, so that the student is a plain ViT.
 
-The teacher's last class token holds what it knows of an image, and that token's attention shows
-which patches the knowledge came from. Therefore
+The teacher's final class token summarises the image, and that token's attention shows which patches
+the summary came from. Therefore
   - projector alignment: an MLP on the student's class token must predict the teacher's;
   - attention guidance: the student's class token must attend to the patches in the last block as
     the teacher's does. The two may differ in patch grid and number of heads.
 
-DINO's ViT-S/8 distilled into a ViT-S/16, a quarter of the patches (a pair of the paper), and a demo
-for a laptop:
+The paper's pair, DINO's ViT-S/8 and a ViT-S/16, which has a quarter of the patches, and a demo for
+a laptop:
     torchrun --nproc_per_node 8 attndistill.py --teacher dino_s8 --student vit_s
     python attndistill.py --demo
 Measured: what guidance adds to k-NN top-1 on CIFAR-10 (one AMD EPYC core, bf16, 2026-11-25 and 27;
 tests/evidence/README.md). From a weak teacher: 50.7 -> 51.4 %, deviation 0.2, three seeds. From
-ImageNet's DeiT-T: 49.7 (1.1) -> 52.9 (0.3) %, two seeds.
+ImageNet's DeiT-T: 49.7 (1.1) -> 52.9 (0.3) %, two seeds. On Tiny-ImageNet-20 its gain is within the
+deviation.
 """
 
 import argparse
@@ -46,9 +49,10 @@ import common
 def attention_guidance_loss(student_attn, teacher_attn, temperature=10.0):
     """L_a, the KL divergence of class-token attentions (arXiv 2210.00944, section 3), a scalar.
 
-    student_attn (B, H_s, 1+N_s), teacher_attn (B, H_t, 1+N_t): probabilities over the class token
-    itself, which comes first, and the patches, which must be a square grid. temperature: the
-    paper's T, which softens the product of all heads where their numbers differ.
+    It is the sum over heads and the mean over images. student_attn (B, H_s, 1+N_s), teacher_attn
+    (B, H_t, 1+N_t): probabilities over the class token itself, which comes first, and the patches,
+    which must be a square grid. temperature: the paper's T, which softens the product of all heads
+    if student and teacher have different numbers of them.
     """
     a_s = student_attn.float()
     a_t = teacher_attn.float()
@@ -58,12 +62,12 @@ def attention_guidance_loss(student_attn, teacher_attn, temperature=10.0):
         a_s = merge_heads(a_s, temperature)                                 # (B, 1, 1+N_s)
         a_t = merge_heads(a_t, temperature)
 
-    # The authors' limits keep the logarithms moderate. What lies beyond them gets no gradient.
-    # Then each row sums to 1 again.
+    # The authors' limits keep the logarithms moderate. A probability beyond them gets no gradient.
+    # Then each row is scaled to sum to 1 again.
     a_s = F.normalize(a_s.clamp(1e-5, 0.996), p=1, dim=2)
     a_t = F.normalize(a_t.clamp(1e-5, 0.996), p=1, dim=2)
 
-    # L_a = 1/B * sum over heads and tokens of KL(a_t || a_s)
+    # L_a = 1/B * sum over images and heads of KL(a_t || a_s)
     return (a_t * (a_t.log() - a_s.log())).sum() / len(a_s)
 
 
@@ -79,9 +83,9 @@ def resize_attention(attn, grid):
 
 
 def merge_heads(attn, temperature):
-    """Turn all heads into one, (B, H, 1+N) -> (B, 1, 1+N): softmax(1/T * sum over h of log a_h)."""
-    # The floor keeps log(0) finite. A larger one, such as 1e-8, would count: where attention is
-    # sharp, products of heads are smaller than that, and T raises them again.
+    """Merge heads into one, (B, H, 1+N) -> (B, 1, 1+N): softmax(1/T * sum over h of log a_h)."""
+    # The floor keeps log(0) finite. It must be tiny: where attention is sharp, a probability may be
+    # less than 1e-8, and a floor there would change it.
     log_attn = attn.clamp(min=1e-30).log().sum(1, keepdim=True)
     return (log_attn / temperature).softmax(2)
 
@@ -112,15 +116,15 @@ SIZES = {"micro": {"dim": 96, "depth": 6, "num_heads": 3},
 
 
 class RotaryEmbedding(nn.Module):
-    """DINOv3's position embedding: turns queries and keys by the row and column of their patch.
+    """DINOv3's position embedding: rotates queries and keys by the row and column of their patch.
 
-    forward(x (B, H, 1+R+N, D/H)) -> the same shape; class token and R registers are not turned.
+    forward(x (B, H, 1+R+N, D/H)) -> the same shape; class token and R registers are not rotated.
     """
 
     def __init__(self, head_dim, num_registers):
         super().__init__()
         self.num_prefix = 1 + num_registers
-        # Released files hold the periods, timm's copies do not. They are those of this formula.
+        # Released files hold these periods. timm's copies do not, so they are computed here.
         self.register_buffer("periods", 100 ** (torch.arange(head_dim // 4) / (head_dim // 4)))
 
     def forward(self, x):
@@ -128,16 +132,18 @@ class RotaryEmbedding(nn.Module):
         patches = x[:, :, self.num_prefix:]                                 # (B, H, N, D/H)
         g = math.isqrt(patches.shape[2])
 
-        # A quarter of the channels for the row, a quarter for the column, then both once more
+        # An angle for each channel: a quarter of the channels have the row's, a quarter the
+        # column's, and the second half has the angles of the first
         centres = 2 * (torch.arange(g).to(self.periods) + 0.5) / g - 1      # (g,), in -1 .. 1
         positions = torch.cartesian_prod(centres, centres)                  # (N, 2)
         angles = 2 * math.pi * positions[:, :, None] / self.periods         # (N, 2, D/H/4)
         angles = angles.flatten(1).repeat(1, 2)                             # (N, D/H)
 
-        # Channel i of the first half and channel i of the second half turn as one pair
+        # Channel i of the first half and channel i of the second half rotate as one pair
         a, b = patches.chunk(2, dim=-1)
-        turned = patches * angles.cos() + torch.cat([-b, a], -1) * angles.sin()  # float32
-        return torch.cat([prefix, turned.to(x.dtype)], 2)
+        cos, sin = angles.cos(), angles.sin()                               # (N, D/H), float32
+        rotated = patches * cos + torch.cat([-b, a], -1) * sin              # so this is float32
+        return torch.cat([prefix, rotated.to(x.dtype)], 2)
 
 
 class Attention(nn.Module):
@@ -148,29 +154,29 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x, rope):
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, N, D/H) each
-        x = F.scaled_dot_product_attention(rope(q), rope(k), v)             # (B, H, N, D/H)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        B, T, D = x.shape                                                   # T: all tokens
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, T, D/H) each
+        x = F.scaled_dot_product_attention(rope(q), rope(k), v)             # (B, H, T, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
-    def class_token(self, x, rope):
-        """Return row 0 of forward(x, rope), (B, D), and its attention probabilities, (B, H, N).
+    def class_token_and_attention(self, x, rope):
+        """Return row 0 of forward(x, rope), (B, D), and its attention probabilities, (B, H, T).
 
         Of the other tokens only keys and values are needed.
         """
-        B, N, D = x.shape
+        B, T, D = x.shape
         weight = self.qkv.weight                                            # (3D, D)
         bias = self.qkv.bias                                                # (3D,)
         q = F.linear(x[:, 0], weight[:D], bias[:D])                         # (B, D)
         q = q.view(B, self.num_heads, 1, D // self.num_heads)
-        kv = F.linear(x, weight[D:], bias[D:])                              # (B, N, 2D)
-        kv = kv.view(B, N, 2, self.num_heads, D // self.num_heads)
-        k, v = kv.permute(2, 0, 3, 1, 4)                                    # (B, H, N, D/H) each
+        kv = F.linear(x, weight[D:], bias[D:])                              # (B, T, 2D)
+        kv = kv.view(B, T, 2, self.num_heads, D // self.num_heads)
+        k, v = kv.permute(2, 0, 3, 1, 4)                                    # (B, H, T, D/H) each
 
         # The loss compares these probabilities. A matrix product would run in bf16 under autocast,
-        # this sum runs in float32. The class token has no position, so rope would not turn q.
-        logits = (q.float() * rope(k)).sum(-1) / math.sqrt(q.shape[-1])     # (B, H, N)
+        # this sum runs in float32. The class token has no position, so rope would not rotate q.
+        logits = (q.float() * rope(k)).sum(-1) / math.sqrt(q.shape[-1])     # (B, H, T)
         attn = logits.softmax(-1)
         out = attn[:, :, None].to(v.dtype) @ v                              # (B, H, 1, D/H)
         return self.proj(out.reshape(B, D)), attn
@@ -189,12 +195,12 @@ class Block(nn.Module):
         x = x + self.attn(self.norm1(x), rope)
         return x + self.mlp(self.norm2(x))
 
-    def class_token(self, x, rope):
-        """Return row 0 of forward(x, rope), (B, D), and its attention, (B, H, N).
+    def class_token_and_attention(self, x, rope):
+        """Return row 0 of forward(x, rope), (B, D), and its attention, (B, H, T).
 
         For each other token this takes 2 D^2 multiplications, for key and value, instead of 12 D^2.
         """
-        attended, attn = self.attn.class_token(self.norm1(x), rope)
+        attended, attn = self.attn.class_token_and_attention(self.norm1(x), rope)
         cls = x[:, 0] + attended
         return cls + self.mlp(self.norm2(cls)), attn
 
@@ -238,7 +244,7 @@ class ViT(nn.Module):
             x = torch.cat([x[:, :1], registers, x[:, 1:]], 1)               # (B, 1+R+N, D)
         for block in self.blocks[:-1]:
             x = block(x, self.rope_embed)
-        cls, attn = self.blocks[-1].class_token(x, self.rope_embed)
+        cls, attn = self.blocks[-1].class_token_and_attention(x, self.rope_embed)
         if self.num_registers:  # a student has none: leave them out, let rows sum to 1 again
             attn = torch.cat([attn[..., :1], attn[..., 1 + self.num_registers:]], -1)
             attn = attn / attn.sum(-1, keepdim=True)                        # (B, H, 1+N)
@@ -279,8 +285,8 @@ def fold_layer_scale(weights):
 def fold_normalization(weights, mean, std):
     """Let a ViT made for (pixel - mean) / std take images normalised by common.MEAN and STD.
 
-    Such an image x becomes (x * STD + MEAN - mean) / std. This is linear in x, and so is the first
-    layer, a convolution without padding. Therefore its weight and bias can do it.
+    The ViT needs (x * STD + MEAN - mean) / std instead of such an image x: in each channel
+    scale * x + shift. The first layer, a convolution without padding, can absorb both.
     """
     scale = torch.tensor(common.STD) / torch.tensor(std)                    # (3,)
     shift = (torch.tensor(common.MEAN) - torch.tensor(mean)) / torch.tensor(std)
@@ -294,8 +300,8 @@ def fold_normalization(weights, mean, std):
 
 
 # How teachers' authors resize a position embedding from g x g to grid x grid, as arguments of
-# F.interpolate. "tenth": they add 0.1 to the grid lest it be rounded down. The result has the
-# wanted size, but other values than "plain".
+# F.interpolate. "tenth": they add 0.1 to the grid, so that it is not rounded down. The result has
+# the same size as "plain", and slightly different values.
 RESIZE = {
     "plain": lambda g, grid: {"size": (grid, grid)},
     "tenth": lambda g, grid: {"scale_factor": (grid + 0.1) / g},
@@ -303,12 +309,12 @@ RESIZE = {
 }
 
 
-def resize_position(pos_embed, grid, how="plain"):
-    """Resize a position embedding (1, P + g*g, D) to (1, P + grid*grid, D), bicubically.
+def resize_position(pos_embed, grid, resize="plain"):
+    """Resize a position embedding (1, P + g*g, D) to (1, 1 + grid*grid, D), bicubically.
 
     P = 1: the first row belongs to the class token and stays. P = 0 in DeiT III and in timm's
     DINOv2 with registers, which add no position to the class token: then a row of zeros is put in
-    front. how: one of RESIZE. Where the grids agree nothing is resized.
+    front. resize: a key of RESIZE. Where the grids agree nothing is resized.
     """
     g = math.isqrt(pos_embed.shape[1])  # the root of 1 + g*g rounds down to g
     class_token, patches = pos_embed.tensor_split([pos_embed.shape[1] - g**2], dim=1)
@@ -316,7 +322,7 @@ def resize_position(pos_embed, grid, how="plain"):
         class_token = torch.zeros_like(patches[:, :1])
     if g != grid:
         patches = patches.unflatten(1, (g, g)).permute(0, 3, 1, 2)          # (1, D, g, g)
-        patches = F.interpolate(patches, mode="bicubic", **RESIZE[how](g, grid))
+        patches = F.interpolate(patches, mode="bicubic", **RESIZE[resize](g, grid))
         patches = patches.flatten(2).transpose(1, 2)                        # (1, grid*grid, D)
     return torch.cat([class_token, patches], 1)
 
@@ -333,7 +339,10 @@ LEFT_OUT = (
 
 
 def prepare_weights(weights, rope=False):
-    """Turn the names of released files into those of ViT. rope: for DINOv3."""
+    """Return released weights as ViT expects them: renamed, without LEFT_OUT, LayerScale folded in.
+
+    rope: the weights are DINOv3's.
+    """
     state = {}
     for name, tensor in weights.items():
         # DINOv2's training code cuts the blocks into chunks: blocks.0.3 is block 3
@@ -348,15 +357,15 @@ def prepare_weights(weights, rope=False):
 
 
 def prepare_dinov3(state):
-    """Complete what DINOv3's files lack, and what timm's copies of them lack."""
+    """Add what ViT has and DINOv3 does not: a position embedding and a bias of the keys, both 0."""
     state = dict(state)
     dim = len(state["patch_embed.proj.weight"])
-    # The rotary embedding replaces it: class token and a grid of 1 x 1, to be resized
+    # Of a class token and a grid of 1 x 1: load_weights enlarges it
     state["pos_embed"] = torch.zeros(1, 2, dim)
     blocks = {name.rpartition(".attn.qkv.")[0] for name in state if ".attn.qkv." in name}
     for block in blocks:
-        # The keys' third has no bias: a mask of zeros says so. timm keeps queries and values apart,
-        # or leaves out the whole bias where it is 0.
+        # Meta's files hold a bias of queries, keys and values, and a mask that is 0 for the keys.
+        # timm's hold those of queries and values alone, or none if all are 0.
         zeros = torch.zeros(dim)
         bias = state.get(f"{block}.attn.qkv.bias", torch.zeros(3 * dim))
         mask = state.pop(f"{block}.attn.qkv.bias_mask", torch.ones(3 * dim))
@@ -366,23 +375,24 @@ def prepare_dinov3(state):
     return state
 
 
-def load_weights(vit, state, source, how="plain"):
+def load_weights(vit, state, source, resize="plain"):
     """Load weights strictly, after resizing their position embedding to the ViT's image size."""
     position = state.get("pos_embed", torch.empty(0))
     if position.ndim == 3 and position.shape[1] > 1:  # else load_strictly will refuse it
         grid = math.isqrt(vit.pos_embed.shape[1])  # of 1 + grid*grid rows
-        state = {**state, "pos_embed": resize_position(position, grid, how)}
+        state = {**state, "pos_embed": resize_position(position, grid, resize)}
     common.load_strictly(vit, state, source)
 
 
 # ------------------------------------------------------------------ the teacher
 
-# size: a row of SIZES. The patch size is that of the file.
-# file: below https://dl.fbaipublicfiles.com/; without it the file comes by --teacher-weights.
-# vit: what differs from the size. resize: a row of RESIZE, "plain" if left out.
-# mean_and_std: of the images that the ViT was made for, where they are not ImageNet's.
+# size: a key of SIZES. The patch size is read from the weights.
+# file: path below https://dl.fbaipublicfiles.com/. A teacher without it needs --teacher-weights.
+# vit: further arguments of ViT. resize: a key of RESIZE, "plain" if left out.
+# mean, std: of the images that the ViT was made for, where they are not ImageNet's.
 REGISTERS = {"num_registers": 4}
 DINOV3 = {"num_registers": 4, "rope": True, "eps": 1e-5}
+HALF = (0.5, 0.5, 0.5)
 TEACHERS = {
     "dino_s16": {"size": "vit_s", "resize": "tenth",
                  "file": "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"},
@@ -407,6 +417,9 @@ TEACHERS = {
     "dinov3_s16": {"size": "vit_s", "vit": DINOV3},
     "dinov3_b16": {"size": "vit_b", "vit": DINOV3},
     "dinov3_l16": {"size": "vit_l", "vit": DINOV3},
+    # of satellite images, SAT-493M
+    "dinov3_l16_sat": {"size": "vit_l", "vit": DINOV3,
+                       "mean": (0.430, 0.411, 0.296), "std": (0.213, 0.156, 0.143)},
     "ibot_s16": {"size": "vit_s", "resize": "tenth"},
     "ibot_b16": {"size": "vit_b", "resize": "tenth"},
     "ibot_l16": {"size": "vit_l", "resize": "tenth"},
@@ -416,10 +429,10 @@ TEACHERS = {
     "moco_s16": {"size": "vit_s", "vit": {"num_heads": 12}},  # MoCo v3
     "moco_b16": {"size": "vit_b"},
     # timm's vit_{tiny,small,base,large}_patch16_224
-    "augreg_t16": {"size": "vit_t", "mean_and_std": 0.5},
-    "augreg_s16": {"size": "vit_s", "mean_and_std": 0.5},
-    "augreg_b16": {"size": "vit_b", "mean_and_std": 0.5},
-    "augreg_l16": {"size": "vit_l", "mean_and_std": 0.5},
+    "augreg_t16": {"size": "vit_t", "mean": HALF, "std": HALF},
+    "augreg_s16": {"size": "vit_s", "mean": HALF, "std": HALF},
+    "augreg_b16": {"size": "vit_b", "mean": HALF, "std": HALF},
+    "augreg_l16": {"size": "vit_l", "mean": HALF, "std": HALF},
     # any other plain ViT of the size: MAE, DeiT, DeiT III, your own
     "vit_t": {"size": "vit_t"},
     "vit_s": {"size": "vit_s"},
@@ -442,22 +455,23 @@ def find_teacher(name, weights):
     if name in TEACHERS:
         row = TEACHERS[name]
         if not weights and "file" not in row:
-            raise common.InputError(f"{name} has no download: give its file as --teacher-weights")
+            raise common.InputError(f"{name} has no download: give its file as --teacher-weights "
+                                    "(eval_knn.py: --weights)")
         source = weights or f"https://dl.fbaipublicfiles.com/{row['file']}"
         return source, {**SIZES[row["size"]], **row.get("vit", {})}, row
     if not Path(name).is_file():
-        raise common.InputError(f"no teacher {name}: choose {', '.join(TEACHERS)}, or the path of "
-                                "a student.pth")
+        raise common.InputError(f"unknown teacher {name}: choose {', '.join(TEACHERS)}, or the "
+                                "path of a student.pth")
     if weights:
-        raise common.InputError(f"--teacher {name} is a file of weights, and {weights} another: "
-                                "--teacher-weights belongs to the name of a teacher")
+        raise common.InputError(f"--teacher {name} is a file already: leave out --teacher-weights")
     saved = common.load_checkpoint(name)
     is_student = (isinstance(saved, dict) and saved.get("script") in ("attndistill", "vitkd")
                   and "arch" in saved)
     if not is_student:
         raise common.InputError(
-            f"{name} is no student.pth of attndistill.py or vitkd.py. For a file of other weights "
-            "choose the name, such as dino_s16 or vit_s, and give the file as --teacher-weights")
+            f"{name} is not a student.pth of attndistill.py or vitkd.py. For a file of other "
+            "weights choose the name, such as dino_s16 or vit_s, and give the file as "
+            "--teacher-weights")
     return name, saved["arch"], {}
 
 
@@ -470,17 +484,24 @@ def load_teacher(name, weights=None, image_size=224):
     """
     source, sizes, row = find_teacher(name, weights)
     rope = sizes.get("rope", False)
-    state = prepare_weights(common.read_weights(source), rope)
+    weights = common.read_weights(source)
+    if rope and "pos_embed" in weights:
+        raise common.InputError(f"{source} has a position embedding, so it is not a DINOv3: choose "
+                                "the name of its model")
+    if "local_cls_norm.weight" in weights and "mean" not in row:
+        common.print0(f"WARNING: {source} was trained on satellite images, with a normalisation of "
+                      "their own: choose dinov3_l16_sat")
+    state = prepare_weights(weights, rope)
     patches = state["patch_embed.proj.weight"]                              # (D, 3, P, P)
     if patches.ndim != 4 or patches.shape[1] != 3 or "patch_embed.proj.bias" not in state:
         raise common.InputError(f"{source}: patch_embed.proj must be a convolution of RGB images "
                                 "with a bias")
-    if "mean_and_std" in row:
-        state = fold_normalization(state, [row["mean_and_std"]] * 3, [row["mean_and_std"]] * 3)
+    if "mean" in row:
+        state = fold_normalization(state, row["mean"], row["std"])
 
     patch_size = patches.shape[-1]
     if image_size % patch_size:
-        raise common.InputError(f"image size {image_size} is no multiple of the patch size "
+        raise common.InputError(f"image size {image_size} is not a multiple of the patch size "
                                 f"{patch_size} of {source}")
     arch = {**sizes, "image_size": image_size, "patch_size": patch_size, "num_classes": 0}
     teacher = ViT(**arch)
@@ -494,7 +515,7 @@ def load_teacher(name, weights=None, image_size=224):
 
 
 class Distillation(nn.Module):
-    """All that is trained, in one module for one DistributedDataParallel.
+    """Everything that is trained, in one module for one DistributedDataParallel.
 
     forward(images, teacher_features) -> {name: loss term}; the loss is their sum.
     teacher_features: what the teacher's class_token_and_attention(images) returns.
@@ -529,12 +550,14 @@ def load_data(data, val, image_size):
     or below `data` if it holds no train/, is used for training.
     """
     folder = Path(data)
-    photos = folder / "train" if (folder / "train").is_dir() else folder
-    val_folder = Path(val or folder / "val")
-    if val or not folder.is_dir():  # labels are asked for, or it is a data set with a name
+    train_folder = folder / "train"
+    val_folder = folder / "val"
+    # --val asks for labels. What is no folder is an error, which common.load_data reports.
+    if val or data in common.NAMED_DATA or not folder.is_dir():
         return common.load_data(data, val, image_size)
-    if val_folder.is_dir() and common.class_folders(photos) and common.class_folders(val_folder):
+    if all(part.is_dir() and common.class_folders(part) for part in (train_folder, val_folder)):
         return common.load_data(data, val, image_size)
+    photos = train_folder if train_folder.is_dir() else folder
     images = common.ImageFolder(photos, classes=[""])  # one class: its folder is the whole folder
     if len(images) == 0:
         raise common.InputError(f"--data {data}: there are no images below {photos}")
@@ -549,7 +572,7 @@ def train(args, device):
     common.describe_run(device, args.amp)
     common.choose_attention_kernel(device, args.amp)
     autocast = torch.autocast(device.type, common.DTYPES[args.amp], enabled=args.amp != "off")
-    # fp16 rounds small gradients to 0: the scaler multiplies the loss first. Else it does nothing.
+    # fp16 rounds small gradients to 0: the scaler multiplies the loss first. It is idle otherwise.
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # ---- data ----
@@ -577,7 +600,8 @@ def train(args, device):
 
     def knn_top1(vit):  # in percent, weighted k-NN on the ViT's class tokens, k = 20
         import eval_knn  # only here: training without k-NN needs common.py alone
-        chunk_size = args.batch_size // (common.world_size() * args.accum)  # fits into memory
+        # Images for one forward pass: in evaluation as many as in training fit into memory
+        chunk_size = args.batch_size // (common.world_size() * args.accum)
         accuracies = eval_knn.evaluate(vit, bank, val_set, num_classes, chunk_size, args.workers,
                                        device, autocast, ks=(20,))
         top1, _ = accuracies[20]
@@ -603,12 +627,14 @@ def train(args, device):
     groups = common.parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.95), fused=True)
 
-    # ---- resume ----
-    trained_on = {"classes": None, "image_size": args.image_size}  # it reads no labels
+    # ---- image size of --init and --teacher ----
+    trained_on = {"classes": None, "image_size": args.image_size}  # None: no label is read
     for path in (args.init, args.teacher):
         common.compare_with_training(path, **trained_on)
+
+    # ---- resume ----
     stateful = {"model": model, "optimizer": optimizer, "scaler": scaler}
-    settings = {**vars(args), "num_classes": num_classes}  # a resumed run must have the same
+    settings = {**vars(args), "num_classes": num_classes}  # --resume compares them
     log = []  # one record an epoch
     checkpoint = common.open_run(args.out, args.resume, settings)
     if checkpoint:
@@ -616,6 +642,7 @@ def train(args, device):
         for name, part in stateful.items():
             part.load_state_dict(checkpoint[name])
 
+    # ---- compile, and several processes ----
     if args.compile:
         model.compile(dynamic=False)  # in place, so that names in state_dict() stay as they are
         teacher_features_of = torch.compile(teacher_features_of, dynamic=False)
@@ -652,10 +679,10 @@ def train(args, device):
                 loss = sum(losses.values()) / args.accum
                 scaler.scale(loss).backward()
                 for name, term in losses.items():
-                    # For the log alone. NaN and inf count as 0: they would spoil the epoch's mean.
+                    # For the log alone. NaN and inf count as 0, or the epoch's mean would be NaN.
                     loss_sums[name] += term.detach().nan_to_num(0, 0, 0) / args.accum
 
-            # ---- step, if gradients are finite: they are averaged, so all processes agree ----
+            # ---- step, if gradients are finite: averages, so all processes decide alike ----
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             if norm.isfinite():
@@ -664,8 +691,8 @@ def train(args, device):
             else:
                 skipped_steps += 1
                 bad_steps_in_a_row += 1
-            if bad_steps_in_a_row == 20:
-                raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
+                if bad_steps_in_a_row == 20:
+                    raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
             scaler.update()
             optimizer.zero_grad()
 
@@ -690,9 +717,9 @@ def train(args, device):
         log.append(record)
         common.log_epoch(args.out, log, args.epochs)
 
-        # ---- checkpoints: the student as a plain ViT, and all that --resume needs ----
+        # ---- checkpoints: the student as a plain ViT, and what --resume needs ----
         if common.rank() == 0:
-            common.save_checkpoint(f"{args.out}/student.pth", model=student.state_dict(),
+            common.save_checkpoint(f"{args.out}/student.pth", model=common.cpu_weights(student),
                                    arch=arch, script="attndistill", trained_on=trained_on)
             states = {name: part.state_dict() for name, part in stateful.items()}
             common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=settings)
@@ -704,10 +731,11 @@ def train(args, device):
 
 @torch.no_grad()
 def visualize(args, device):
-    """Draw attention.png in args.out, a row for each of the images args.visualize.
+    """Draw attention.png in args.out, a row for each image in args.visualize.
 
     A row shows the image, then the class token's attention in the last block, of the teacher and
-    of the student: the mean of the heads, then each head.
+    of the student: the mean of the heads, then each head. Each map has its own range from black to
+    white.
     """
     student_file = f"{args.out}/student.pth"
     if not Path(student_file).is_file():
@@ -715,8 +743,8 @@ def visualize(args, device):
     _, arch, _ = find_teacher(student_file, weights=None)
     image_size = arch["image_size"]
     transform = common.val_transform(image_size)
-    vits = [load_teacher(args.teacher, args.teacher_weights, image_size),
-            load_teacher(student_file, None, image_size)]
+    teacher = load_teacher(args.teacher, args.teacher_weights, image_size).to(device)
+    student = load_teacher(student_file, None, image_size).to(device)
 
     tiles = []
     for path in args.visualize:
@@ -725,13 +753,13 @@ def visualize(args, device):
         except OSError as error:
             raise common.InputError(f"--visualize: {error}") from error
         tiles.append(image)
-        for vit in vits:
-            _, attn = vit.to(device).class_token_and_attention(image[None])  # (1, H, 1+N)
+        for vit in (teacher, student):
+            _, attn = vit.class_token_and_attention(image[None])            # (1, H, 1+N)
             heads = attn[0, :, 1:]                                          # (H, N)
             maps = torch.cat([heads.mean(0, keepdim=True), heads])          # (1+H, N)
             g = math.isqrt(maps.shape[1])
             maps = F.interpolate(maps.view(-1, 1, g, g), (image_size, image_size))
-            tiles += maps.expand(-1, 3, -1, -1)                             # (1+H, 3, S, S)
+            tiles.extend(maps.expand(-1, 3, -1, -1))                        # (1+H, 3, S, S)
     tiles_in_a_row = len(tiles) // len(args.visualize)
     save_image(tiles, f"{args.out}/attention.png", nrow=tiles_in_a_row, normalize=True,
                scale_each=True)
@@ -741,7 +769,7 @@ def visualize(args, device):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], usage="%(prog)s [--flag value ...]",
-        epilog="Defaults stand in parentheses.", allow_abbrev=False)
+        epilog="Defaults are in parentheses.", allow_abbrev=False)
     parser.error = common.fail  # one line, also under torchrun
 
     data = parser.add_argument_group("data")
@@ -765,15 +793,16 @@ def parse_args(argv=None):
                         help="the ViT to train; micro, of 0.7 million parameters, is for CPUs "
                              "(%(default)s)")
     models.add_argument("--init", metavar="FILE",
-                        help="start from the weights of a ViT of the student's size; their head is "
-                             "left out")
+                        help="start from a plain ViT of the student's size and patch size that was "
+                             "made for ImageNet's mean and deviation (not AugReg, not MoCo v3's "
+                             "ViT-S); a file or https address; its head is left out")
     models.add_argument("--teacher", default="dino_s8",
                         help=f"{', '.join(TEACHERS)}; or the path of a student.pth of "
-                             "attndistill.py or vitkd.py. moco: v3. augreg: timm's own ViTs. vit: "
-                             "any other plain ViT (%(default)s)")
+                             "attndistill.py or vitkd.py. moco_*: MoCo v3. augreg_*: timm's own "
+                             "ViTs. vit_*: MAE, DeiT, DeiT III, any other plain ViT (%(default)s)")
     models.add_argument("--teacher-weights", metavar="FILE",
-                        help="file with the named teacher's weights, instead of a download; all "
-                             "but dino_* and dinov2_* need it")
+                        help="file or https address of the named teacher's weights, instead of the "
+                             "usual download; all but dino_* and dinov2_* need it")
     models.add_argument("--patch-size", type=common.positive_int, default=16,
                         help="side length of the student's patches in pixels; the teacher may have "
                              "another (%(default)s)")
@@ -793,7 +822,7 @@ def parse_args(argv=None):
     recipe.add_argument("--min-lr", type=common.non_negative, default=0.0,
                         help="learning rate at the end of the cosine (%(default)s)")
     recipe.add_argument("--warmup-epochs", type=common.non_negative, default=40,
-                        help="epochs of linear warm-up, cut to a tenth of --epochs (%(default)s)")
+                        help="epochs of linear warm-up, at most a tenth of --epochs (%(default)s)")
     recipe.add_argument("--weight-decay", type=common.non_negative, default=0.05,
                         help="weight decay of AdamW (%(default)s)")
     recipe.add_argument("--clip-grad", type=common.non_negative, default=0.0,
@@ -802,7 +831,8 @@ def parse_args(argv=None):
                         help="smallest share of an image's area that a random crop keeps; larger, "
                              "such as 0.4, for small images (%(default)s)")
     recipe.add_argument("--seed", type=common.non_negative_int, default=0,
-                        help="seed of all random numbers (%(default)s)")
+                        help="seed of the random numbers; --data-fraction takes the same images "
+                             "with every seed (%(default)s)")
 
     run = parser.add_argument_group("run")
     run.add_argument("--amp", choices=common.DTYPES,
@@ -821,14 +851,14 @@ def parse_args(argv=None):
                      help="steps between progress lines (%(default)s)")
     run.add_argument("--demo", action="store_true",
                      help="train three small ViTs on drawn shapes, without data, download or GPU; "
-                          "reads --workers and --seed, no other flag")
+                          "of the other flags only --workers and --seed count")
     run.add_argument("--visualize", nargs="+", metavar="IMAGE",
                      help="do not train, but draw where the student in --out and the --teacher "
                           "attend in these images: attention.png in --out")
     args = parser.parse_args(argv)
 
     if args.image_size % args.patch_size:
-        parser.error(f"--image-size {args.image_size} is no multiple of --patch-size "
+        parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size "
                      f"{args.patch_size}")
     if args.lr is None:
         args.lr = 2.4e-3 * math.sqrt(args.batch_size / 4096)

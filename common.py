@@ -1,6 +1,6 @@
 """What all scripts share: processes, images, other people's weights, precision, checkpoints, log.
 
-Nothing here belongs to a paper. A function takes what it uses and changes nothing in it.
+Nothing here belongs to a paper.
 """
 
 import argparse
@@ -43,7 +43,9 @@ def available_cpus():
     return os.cpu_count() or 1
 
 
-WORKERS = max(1, available_cpus() // LOCAL_WORLD_SIZE)  # data workers of each process
+# Data workers of each process. Each keeps two batches of float32 in memory: with more of them a
+# single process on a large machine would fill it.
+WORKERS = min(24, max(1, available_cpus() // LOCAL_WORLD_SIZE))
 
 
 class InputError(ValueError):
@@ -68,22 +70,25 @@ def init_processes():
     if torch.cuda.is_available():
         device = torch.device("cuda", LOCAL_RANK)
         backend = "nccl"
-        if LOCAL_RANK >= torch.cuda.device_count():
-            fail(f"--nproc_per_node {LOCAL_WORLD_SIZE}: there are {torch.cuda.device_count()} GPUs")
+        if LOCAL_WORLD_SIZE > torch.cuda.device_count():
+            fail(f"--nproc_per_node {LOCAL_WORLD_SIZE} is more than the number of GPUs, "
+                 f"{torch.cuda.device_count()}")
         torch.cuda.set_device(device)
         # Training batches have one size: time cuDNN's kernels in the first step, take the fastest
         torch.backends.cudnn.benchmark = True
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1))
+        # An hour: processes wait for a download, and for the last images of --synthesize
+        dist.init_process_group(backend, timeout=datetime.timedelta(hours=1),
+                                device_id=device if backend == "nccl" else None)
     return device
 
 
 def leave_processes():
     """Leave torchrun's group, if there is one."""
     if dist.is_initialized():
-        # On CPUs torch 2.6 hangs in the last line, which holds Python's lock, if a thread of gloo
-        # still needs this lock to free the last sum's tensor. Sleeping lets go of the lock. A
-        # barrier is not enough.
+        # On CPUs torch 2.6 can deadlock in the next line: it holds Python's lock (GIL), and a
+        # thread of gloo needs this lock to free the last sum's tensor. Sleeping releases the lock.
+        # A barrier does not help.
         time.sleep(0.1)
         dist.destroy_process_group()
 
@@ -128,7 +133,7 @@ def print0(text):
 def fail(problem):
     """End the program with one line on stderr and exit status 1."""
     if LOCAL_RANK > 0:
-        # Wrong input is wrong in all processes. The first one reports it. torchrun then ends the
+        # Wrong input is wrong in all processes. The first one reports it, then torchrun ends the
         # others, which still sleep here.
         time.sleep(5)
     # An error of a data worker arrives with the worker's traceback in front of its message
@@ -164,10 +169,10 @@ def fraction(text):
 
 # ------------------------------------------------------------------ images
 
-# Endings of the files that Pillow opens. It also knows some types that it can only recognise.
+# Endings of the files that Pillow decodes. Some other types it can only recognise.
 Image.init()
-OPENED = set(Image.OPEN) - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in OPENED}
+DECODED = set(Image.OPEN) - {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in DECODED}
 
 
 def load_image(path):
@@ -204,7 +209,7 @@ class RandAugment(v2.RandAugment):
     recipe's SolarizeAdd is missing here.
     """
 
-    _AUGMENTATION_SPACE = {  # name: (function that gives a magnitude for each bin, has it a sign?)
+    _AUGMENTATION_SPACE = {  # name: (function that gives a magnitude for each bin, is it signed?)
         **v2.RandAugment._AUGMENTATION_SPACE,
         "Invert": (lambda num_bins, height, width: None, False),  # has no magnitude
         "Posterize": (lambda num_bins, height, width: torch.linspace(4, 0, num_bins).ceil(), False),
@@ -258,7 +263,7 @@ def val_transform(image_size):
 class Images(Dataset):
     """The items `indices` of a data set, transformed: (image (3, S, S), label).
 
-    An unreadable image is named on stderr. In training another image takes its place. With
+    An unreadable image is reported on stderr. In training another image takes its place. With
     replace_unreadable=False, for evaluation, it has the label -1 and is not counted.
     """
 
@@ -269,8 +274,9 @@ class Images(Dataset):
         self.seed = seed
         self.replace_unreadable = replace_unreadable
         self.epoch = 0
-        # All data workers share this memory, so that a bad file is named once, not in each epoch
-        self.named = torch.zeros(len(base), dtype=torch.bool).share_memory_()
+        # The data workers of a process share this memory, also those of later epochs: a bad file is
+        # reported once in a process
+        self.reported = torch.zeros(len(base), dtype=torch.bool).share_memory_()
 
     def __len__(self):
         return len(self.indices)
@@ -279,7 +285,8 @@ class Images(Dataset):
         index = int(self.indices[i])
         # Random numbers depend on (seed, epoch, index) alone. So the number of workers and
         # processes changes no image, and a resumed run sees the images of an uninterrupted one.
-        # The global state is put back afterwards, because without workers it is the loop's.
+        # The global state is put back afterwards, because without workers it is the loop's. The
+        # GPU's generator stays as it is.
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seed_of(self.seed, self.epoch, index))
             image, label = self.read(index)
@@ -291,14 +298,14 @@ class Images(Dataset):
                 return self.base[index]
             except OSError as error:
                 problem = error
-            if not self.named[index]:
-                self.named[index] = True
+            if not self.reported[index]:
+                self.reported[index] = True
                 # In one piece with its end, as other workers print at the same time
                 sys.stderr.write(f"WARNING: {problem}\n")
             if not self.replace_unreadable:
                 return Image.new("RGB", (8, 8)), -1
-            # A random one: the next one would be seen twice as often, and after a whole block of
-            # unreadable files many times as often
+            # A random image. The next one would be seen twice as often, and after a whole block of
+            # unreadable files many times as often.
             index = int(self.indices[torch.randint(len(self), ())])
         raise InputError(f"100 images in a row could not be read, the last because of: {problem}")
 
@@ -382,15 +389,20 @@ class Shapes(Dataset):
         return (255 * image).byte().permute(2, 0, 1), label
 
 
+NAMED_DATA = ("cifar10", "cifar100", "shapes")
+
+
 def load_data(data, val, image_size):
     """Return (training images, validation images), data sets with .classes and .targets.
 
     data: a folder that holds train/CLASS/* and val/CLASS/*, or "cifar10", "cifar100", "shapes".
     val: another folder of CLASS/* with the validation images, or None.
     """
+    if data in NAMED_DATA and val:
+        raise InputError(f"--val {val}: --data {data} has validation images of its own")
     if data == "shapes":
         return Shapes(4000, image_size, seed=4000), Shapes(1000, image_size, seed=1000)
-    if data in ("cifar10", "cifar100"):
+    if data in NAMED_DATA:
         return load_cifar(data)
 
     train_folder = Path(data) / "train"
@@ -421,10 +433,10 @@ def load_data(data, val, image_size):
 
 
 def compare_with_training(path, classes, image_size):
-    """Say if a student.pth learned other classes than `classes`, or images of another size.
+    """Print if a student.pth learned other classes than `classes`, or images of another size.
 
-    Both may be intended. path: of any file, or the name of a teacher, of which nothing is known.
-    classes: their names in order, or None if they do not matter.
+    Both may be intended. path: a file. Of None and of a teacher's name nothing is known. classes:
+    their names in order, or None if they do not matter.
     """
     saved = load_checkpoint(path) if path and Path(path).is_file() else None
     trained_on = saved.get("trained_on") if isinstance(saved, dict) else None
@@ -486,6 +498,8 @@ def train_loader(dataset, batch_size, accum, workers, seed):
         raise InputError(f"--batch-size {batch_size} is more than the {len(dataset)} training "
                          "images: lower it")
     sampler = DistributedSampler(dataset, world_size(), rank(), seed=seed, drop_last=True)
+    # No persistent_workers: they would keep the data set of the first epoch, and with it `epoch`,
+    # on which augmentation depends
     return DataLoader(dataset, batch_size // world_size(), sampler=sampler, drop_last=True,
                       num_workers=workers, pin_memory=torch.cuda.is_available())
 
@@ -500,9 +514,9 @@ def val_loader(dataset, batch_size, workers):
 
 # ------------------------------------------------------------------ other people's weights
 
-# What training checkpoints hold beside the tensors, such as NumPy's numbers and arrays. None of it
-# can run code. A pair is a function that pickle calls to rebuild an object, and its name in the
-# file: since NumPy 2 the module has another name.
+# Types that training checkpoints hold beside tensors, such as NumPy's numbers. Loading them runs no
+# code. A pair is (type or function, its name in the file): NumPy 2 and Python 3.13 have renamed
+# modules, and a Windows path is read as a path of this system.
 HARMLESS = [
     argparse.Namespace,
     (type(Path()), "pathlib.PosixPath"),
@@ -526,8 +540,10 @@ def load_checkpoint(path):
     why the file cannot be read.
     """
     path = str(path)
+    advice = ""
     if path.startswith(("https://", "http://")):
         path = download(path)
+        advice = ". Delete it, and it will be downloaded again"
     check_that_it_holds_weights(path)
     try:
         if path.endswith(".safetensors"):
@@ -545,16 +561,19 @@ def load_checkpoint(path):
                              "tensors: torch.save(model.state_dict(), ...)") from error
         reason = str(error).partition(".")[0][:100]
         raise InputError(f"{path} is not a file of weights, or damaged, perhaps half a download "
-                         f"({type(error).__name__}: {reason})") from error
+                         f"({type(error).__name__}: {reason}){advice}") from error
 
 
 def download(url):
     """Return the path of a downloaded file. torch.hub's folder keeps it for the next time."""
     address = urllib.parse.urlparse(url)
-    # With the whole address, since many files on the web are called model.safetensors
+    # The whole address, since many files on the web are called model.safetensors
     path = f"{torch.hub.get_dir()}/checkpoints/{address.hostname}{address.path}"
-    # Hex digits after a "-" are the start of the file's sha256. A date has no letters.
-    sha256 = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,})\.", path)
+    if address.query:
+        path += f"?{address.query}"
+    # Hex digits after a "-" are the start of the file's sha256. At least one must be a letter, so
+    # that a date is not taken for a hash.
+    sha256 = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,})\.", os.path.basename(address.path))
 
     def fetch():
         if not os.path.exists(path):
@@ -571,7 +590,7 @@ def download(url):
 
 
 def check_that_it_holds_weights(path):
-    """Raise InputError for what is often found in the place of a file of weights."""
+    """Raise InputError for what is often found where a file of weights should be."""
     try:
         with open(path, "rb") as file:
             start = file.read(200).lstrip().lower()
@@ -595,10 +614,7 @@ def read_weights(path, landmark="patch_embed.proj.weight"):
     script, "module." of DistributedDataParallel, "_orig_mod." of torch.compile, "backbone." of
     self-supervised training, and so on.
 
-    Of several such networks this takes, in this order:
-      1. a teacher: in self-supervised training it is the moving average of the student;
-      2. another moving average (ema);
-      3. MoCo v3's base_encoder.
+    Of several such networks choose_network takes one.
     """
     tensors = {WRAPPERS.sub("", name): tensor
                for name, tensor in flatten(load_checkpoint(path)).items()}
@@ -608,7 +624,8 @@ def read_weights(path, landmark="patch_embed.proj.weight"):
             prefixes.append(name.removesuffix(landmark))
     # A part of a network may have the landmark, too: in a ResNet, layer1.0.conv1.weight ends like
     # conv1.weight. Keep the whole network.
-    prefixes = [p for p in prefixes if not any(p != q and p.startswith(q) for q in prefixes)]
+    prefixes = [inner for inner in prefixes
+                if not any(inner != outer and inner.startswith(outer) for outer in prefixes)]
     if not prefixes:
         raise InputError(f"{path} holds no network with a {landmark}. Its names are "
                          f"{listed(tensors) or 'none'}")
@@ -632,8 +649,8 @@ WRAPPERS = re.compile(r"\b(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_mo
 
 def check_numbers(tensor, name, path):
     """Raise InputError if a tensor is quantised, complex, sparse, without data, or not finite."""
-    is_counter = tensor.ndim == 0  # BatchNorm counts its batches by an integer
-    if not (tensor.is_floating_point() or is_counter):
+    is_scalar = tensor.ndim == 0  # BatchNorm's count of batches is an integer
+    if not (tensor.is_floating_point() or is_scalar):
         raise InputError(f"{path} holds {tensor.dtype} in {name}, not floating-point numbers")
     if tensor.layout != torch.strided or tensor.is_meta:
         raise InputError(f"{path} holds a sparse or meta tensor, {name}")
@@ -653,6 +670,12 @@ def flatten(tree, prefix=""):
 
 
 def choose_network(prefixes, path):
+    """Return the prefix of the network to use. Of several this takes, in this order:
+
+      1. a teacher: in self-supervised training it is the moving average of the student;
+      2. another moving average (ema);
+      3. MoCo v3's base_encoder.
+    """
     for word in ("teacher", "ema", "base_encoder"):
         for prefix in prefixes:
             if re.search(rf"(^|[._]){word}", prefix):
@@ -685,7 +708,7 @@ def load_strictly(model, weights, source):
 
 
 def listed(names):
-    """Return the first three names, and the number of all, as a text for a message."""
+    """Return the first three names, and the number of all, as text for a message."""
     names = list(names)
     more = f", ... ({len(names)} in all)" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
@@ -702,7 +725,7 @@ def cpu_info():
 
 
 def best_precision(device):
-    """Return the fastest precision that the device multiplies natively: bf16, fp16 or off."""
+    """Return the fastest precision with native matrix products: bf16, fp16 or off."""
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     return "bf16" if re.search("avx512_bf16|amx_bf16", cpu_info()) else "off"
@@ -721,7 +744,7 @@ def choose_attention_kernel(device, amp):
 def describe_run(device, amp):
     """Print what the run computes on, so that a missing GPU is seen at once."""
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+        name = f"{torch.cuda.get_device_name(device)}, {torch.cuda.device_count()} GPU(s) here"
     else:
         model = re.search(r"model name\s*:\s*(.*)", cpu_info())
         name = f"CPU: {model[1]}" if model else "CPU"
@@ -746,7 +769,7 @@ def parameter_groups(module, weight_decay):
 
 def learning_rate(epoch, epochs, lr, min_lr, warmup_epochs):
     """Rise linearly from 0 to lr, then fall as a cosine to min_lr. epoch may be a fraction."""
-    warmup_epochs = min(warmup_epochs, epochs / 10)  # a short run keeps most of its epochs
+    warmup_epochs = min(warmup_epochs, epochs / 10)  # a short run is not all warm-up
     min_lr = min(min_lr, lr)
     if epoch < warmup_epochs:
         return lr * epoch / warmup_epochs
@@ -759,8 +782,8 @@ def moving_average(model, max_decay):
 
     Call its update_parameters(model) after each step. Then
         average = decay * average + (1 - decay) * weight
-    with decay = min(max_decay, (1 + n) / (10 + n)) in step n. A constant 0.99996 would keep 92 % of
-    the first, random weights after 2,000 steps. max_decay 0 makes a plain copy.
+    with decay = min(max_decay, (1 + n) / (10 + n)) after n updates. A constant 0.99996 would keep
+    92 % of the first, random weights after 2,000 steps. max_decay 0 makes a plain copy.
     """
     def update(averages, weights, num_updates):
         decay = ((1 + num_updates) / (10 + num_updates)).clamp(max=max_decay)
@@ -775,7 +798,7 @@ def moving_average(model, max_decay):
 
 @torch.inference_mode()
 def evaluate(model, loader, device, autocast):
-    """Return the top-1 in percent over the images of all processes."""
+    """Return the top-1 accuracy in percent over the images of all processes."""
     model.eval()
     correct = 0
     count = 0
@@ -790,6 +813,11 @@ def evaluate(model, loader, device, autocast):
     return 100 * correct / count
 
 
+def cpu_weights(module):
+    """Return a module's state_dict() on the CPU, so that torch.load works on any machine."""
+    return {name: tensor.cpu() for name, tensor in module.state_dict().items()}
+
+
 def save_checkpoint(path, **state):
     """torch.save(state) to `path`, whole or not at all: a kill leaves the old file as it was."""
     temporary = f"{path}.tmp"
@@ -800,8 +828,7 @@ def save_checkpoint(path, **state):
     os.replace(temporary, path)
 
 
-# Flags that may change when a run is resumed: they say where files lie, how fast the run is and
-# what it prints, not what is learned
+# Flags that may change when a run is resumed: where files lie, how fast the run is, what it prints
 MAY_CHANGE = ("data", "val", "init", "teacher_weights", "workers", "accum", "compile", "out",
               "resume", "eval_every", "log_every", "demo", "synthesize")
 
@@ -825,8 +852,10 @@ def open_run(out, resume, settings):
             init = f", perhaps with --init {student}" if student.exists() else ""
             raise InputError(f"{last} was written with other settings: {'; '.join(changed)}. For "
                              f"other settings start a new run in another folder{init}")
-        if checkpoint["log"]:  # made images have none
+        if checkpoint["log"]:  # --synthesize logs no epochs
             print0(f"continuing the run in {out}; epochs that are done: {len(checkpoint['log'])}")
+    elif resume:
+        print0(f"{out} holds no last.pth: this is a new run")
     try:
         if rank() == 0:
             last.parent.mkdir(parents=True, exist_ok=True)
@@ -837,7 +866,7 @@ def open_run(out, resume, settings):
 
 
 class TimedBatches:
-    """The batches of a loader, for one epoch. Counts the seconds in which the loop waits for them.
+    """The batches of a loader, for one epoch. Measures how long the loop waits for them.
 
     On a terminal this also draws a progress bar.
     """
@@ -852,12 +881,13 @@ class TimedBatches:
         self.start = time.perf_counter()
 
     def __iter__(self):
-        hidden = None if rank() == 0 else True  # None: shown on a terminal alone
-        bar = tqdm(self.loader, f"epoch {self.epoch + 1}", leave=False, disable=hidden)
+        disable = None if rank() == 0 else True  # None: on if stderr is a terminal
+        bar = tqdm(self.loader, f"epoch {self.epoch + 1}", leave=False, disable=disable)
         asked = time.perf_counter()
         for batch in bar:
-            # The loop asks for a batch when its previous step is over, also on a GPU: the step's
-            # check for finite gradients waits for them. So nothing was computed in this time.
+            # The loop asks for a batch when its previous step is over. On a GPU, too, all but the
+            # optimizer is done: the check for finite gradients waits for them. So in this time
+            # next to nothing is computed.
             self.seconds_waiting += time.perf_counter() - asked
             self.steps += 1
             yield batch
@@ -873,7 +903,10 @@ class TimedBatches:
                 "waiting_for_data": self.seconds_waiting / seconds}
 
     def print_progress(self, loss_sums, lr):
-        """Print a line. loss_sums: {name: sum of a loss term over the epoch's steps}."""
+        """Print a line; its loss is the first process's mean over the epoch so far.
+
+        loss_sums: {name: sum of a loss term over the epoch's steps}.
+        """
         loss = float(sum(loss_sums.values())) / self.steps
         speed = self.speed()
         steps_left = (self.epochs - self.epoch) * len(self.loader) - self.steps
@@ -885,7 +918,8 @@ class TimedBatches:
 
 def log_epoch(out, log, epochs):
     """Print the last record of `log` as one line, and write all records to log.jsonl."""
-    shown = [f"{name} {value:.4g}" for name, value in log[-1].items()]
+    shown = [f"{name} {value:.4g}" if value < 1000 else f"{name} {value:.0f}"
+             for name, value in log[-1].items()]
     seconds_left = sum(record["seconds"] for record in log) / len(log) * (epochs - len(log))
     print0("  ".join([*shown, f"left {duration(seconds_left)}"]))
     if rank() == 0:
@@ -898,7 +932,7 @@ def duration(seconds):
 
 
 def peak_memory_gb():
-    """Return the most memory used so far: the GPU's, or without a GPU that of this process."""
+    """Return the most memory used so far, in GiB: the GPU's, or without a GPU this process's."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
     try:

@@ -118,11 +118,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, N, D/H) each
-        x = F.scaled_dot_product_attention(q, k, v)                         # (B, H, N, D/H)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        B, T, D = x.shape                                                   # T: all tokens
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, T, D/H) each
+        x = F.scaled_dot_product_attention(q, k, v)                         # (B, H, T, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
 
 class ConvAttention(Attention):
@@ -441,17 +441,16 @@ def find_teacher(name, weights):
             raise common.InputError(f"{name} has no download: give its file as --teacher-weights")
         return models.get_model_weights(name).DEFAULT.url, name
     if not Path(name).is_file():
-        raise common.InputError(f"no teacher {name}: choose {', '.join(CNNS)}, none, or the path "
-                                "of a student.pth of --train-teacher")
+        raise common.InputError(f"unknown teacher {name}: choose {', '.join(CNNS)}, none, or the "
+                                "path of a student.pth of --train-teacher")
     if weights:
-        raise common.InputError(f"--teacher {name} is a file of weights, and {weights} another: "
-                                "--teacher-weights belongs to the name of a CNN")
+        raise common.InputError(f"--teacher {name} is a file already: leave out --teacher-weights")
     saved = common.load_checkpoint(name)
     cnn_name = saved.get("cnn") if isinstance(saved, dict) else None
     if cnn_name not in list(CNNS):  # a list: a file may hold what cannot be a key
         raise common.InputError(
-            f"{name} is no student.pth of --train-teacher. For a file of other weights choose the "
-            f"name, {', '.join(CNNS)}, and give the file as --teacher-weights")
+            f"{name} is not a student.pth of --train-teacher. For a file of other weights choose "
+            f"the name, {', '.join(CNNS)}, and give the file as --teacher-weights")
     return name, cnn_name
 
 
@@ -482,7 +481,7 @@ def load_teacher(name, weights=None, num_classes=1000):
 
 
 class Distillation(nn.Module):
-    """All that is trained, in one module for one DistributedDataParallel.
+    """Everything that is trained, in one module for one DistributedDataParallel.
 
     forward(images, target, teacher_features) -> {name: loss term}; the loss is their sum.
     teacher_features: what the teacher's features(images) returns; None in stage 2.
@@ -559,7 +558,7 @@ def train(args, device):
     common.describe_run(device, args.amp)
     common.choose_attention_kernel(device, args.amp)
     autocast = torch.autocast(device.type, common.DTYPES[args.amp], enabled=args.amp != "off")
-    # fp16 rounds small gradients to 0: the scaler multiplies the loss first. Else it does nothing.
+    # fp16 rounds small gradients to 0: the scaler multiplies the loss first. It is idle otherwise.
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # ---- data ----
@@ -574,7 +573,8 @@ def train(args, device):
     common.print_counts(train_set, val_set)
     train_batches = common.train_loader(train_set, args.batch_size, args.accum, args.workers,
                                         args.seed)
-    chunk_size = args.batch_size // (common.world_size() * args.accum)  # as large as in training
+    # Images for one forward pass: in evaluation as many as in training fit into memory
+    chunk_size = args.batch_size // (common.world_size() * args.accum)
     val_batches = common.val_loader(val_set, chunk_size, args.workers)
     steps_per_epoch = len(train_batches)
 
@@ -613,12 +613,15 @@ def train(args, device):
     groups = common.parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
-    # ---- resume, or check the teacher ----
+    # ---- classes and image size of --init, --teacher and a resumed student ----
     trained_on = {"classes": list(train_images.classes), "image_size": args.image_size}
-    for path in (args.init, args.teacher):
+    resumed = f"{args.out}/student.pth" if args.resume else None
+    for path in (args.init, args.teacher, resumed):
         common.compare_with_training(path, **trained_on)
+
+    # ---- resume, or measure the teacher ----
     stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    settings = {**vars(args), "num_classes": num_classes}  # a resumed run must have the same
+    settings = {**vars(args), "num_classes": num_classes}  # --resume compares them
     log = []  # one record an epoch
     checkpoint = common.open_run(args.out, args.resume, settings)
     if checkpoint:
@@ -629,6 +632,7 @@ def train(args, device):
         top1 = common.evaluate(teacher, val_batches, device, autocast)
         common.print0(f"teacher {args.teacher}: top-1 {top1:.1f} % on the validation images")
 
+    # ---- compile, and several processes ----
     if args.compile:
         model.compile(dynamic=False)  # in place, so that names in state_dict() stay as they are
         if teacher:
@@ -680,10 +684,10 @@ def train(args, device):
                 loss = sum(losses.values()) / args.accum
                 scaler.scale(loss).backward()
                 for name, term in losses.items():
-                    # For the log alone. NaN and inf count as 0: they would spoil the epoch's mean.
+                    # For the log alone. NaN and inf count as 0, or the epoch's mean would be NaN.
                     loss_sums[name] += term.detach().nan_to_num(0, 0, 0) / args.accum
 
-            # ---- step, if gradients are finite: they are averaged, so all processes agree ----
+            # ---- step, if gradients are finite: averages, so all processes decide alike ----
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             if norm.isfinite():
@@ -693,8 +697,8 @@ def train(args, device):
             else:
                 skipped_steps += 1
                 bad_steps_in_a_row += 1
-            if bad_steps_in_a_row == 20:
-                raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
+                if bad_steps_in_a_row == 20:
+                    raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
             scaler.update()
             optimizer.zero_grad()
 
@@ -718,9 +722,9 @@ def train(args, device):
         log.append(record)
         common.log_epoch(args.out, log, args.epochs)
 
-        # ---- checkpoints: the student as a plain ViT, and all that --resume needs ----
+        # ---- checkpoints: the student as a plain ViT, and what --resume needs ----
         if common.rank() == 0:
-            common.save_checkpoint(f"{args.out}/student.pth", model=ema.module.state_dict(),
+            common.save_checkpoint(f"{args.out}/student.pth", model=common.cpu_weights(ema.module),
                                    arch=arch, script="dearkd", trained_on=trained_on)
             states = {name: part.state_dict() for name, part in stateful.items()}
             common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=settings)
@@ -763,11 +767,15 @@ def train_cnn(args, device):
     groups = common.parameter_groups(cnn, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
-    # ---- resume ----
+    # ---- classes and image size of --init and a resumed CNN ----
     trained_on = {"classes": list(train_images.classes), "image_size": args.image_size}
-    common.compare_with_training(args.init, **trained_on)
+    resumed = f"{args.out}/student.pth" if args.resume else None
+    for path in (args.init, resumed):
+        common.compare_with_training(path, **trained_on)
+
+    # ---- resume ----
     stateful = {"model": cnn, "optimizer": optimizer, "scaler": scaler}
-    settings = {**vars(args), "num_classes": num_classes}  # a resumed run must have the same
+    settings = {**vars(args), "num_classes": num_classes}  # --resume compares them
     log = []  # one record an epoch
     checkpoint = common.open_run(args.out, args.resume, settings)
     if checkpoint:
@@ -802,7 +810,7 @@ def train_cnn(args, device):
             scaler.scale(loss).backward()
             loss_sums["ce"] += loss.detach().nan_to_num(0, 0, 0)
 
-            # ---- step, if gradients are finite: they are averaged, so all processes agree ----
+            # ---- step, if gradients are finite: averages, so all processes decide alike ----
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(cnn.parameters(), args.clip_grad or math.inf)
             if norm.isfinite():
@@ -811,8 +819,8 @@ def train_cnn(args, device):
             else:
                 skipped_steps += 1
                 bad_steps_in_a_row += 1
-            if bad_steps_in_a_row == 20:
-                raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
+                if bad_steps_in_a_row == 20:
+                    raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
             scaler.update()
             optimizer.zero_grad()
 
@@ -839,9 +847,9 @@ def train_cnn(args, device):
         log.append(record)
         common.log_epoch(args.out, log, args.epochs)
 
-        # ---- checkpoints: the CNN as a teacher, and all that --resume needs ----
+        # ---- checkpoints: the CNN as a teacher, and what --resume needs ----
         if common.rank() == 0:
-            common.save_checkpoint(f"{args.out}/student.pth", model=cnn.state_dict(),
+            common.save_checkpoint(f"{args.out}/student.pth", model=common.cpu_weights(cnn),
                                    cnn=args.train_teacher, trained_on=trained_on)
             states = {name: part.state_dict() for name, part in stateful.items()}
             common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=settings)
@@ -1181,7 +1189,7 @@ def save_whole(pixels, path, folder):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], usage="%(prog)s [--flag value ...]",
-        epilog="Defaults stand in parentheses.", allow_abbrev=False)
+        epilog="Defaults are in parentheses.", allow_abbrev=False)
     parser.error = common.fail  # one line, also under torchrun
 
     data = parser.add_argument_group("data")
@@ -1212,8 +1220,8 @@ def parse_args(argv=None):
                       help=f"{', '.join(CNNS)}; or the path of a student.pth of --train-teacher; "
                            "or none, to learn from labels alone (%(default)s)")
     nets.add_argument("--teacher-weights", metavar="FILE",
-                      help="file with the named teacher's weights, instead of a download; cifar_* "
-                           "need it")
+                      help="file or https address of the named teacher's weights, instead of the "
+                           "usual download; cifar_* need it")
     nets.add_argument("--train-teacher", choices=CNNS, metavar="CNN",
                       help="train this CNN on the labels: student.pth in --out is then a teacher. "
                            "Use --init, because from random weights it needs many images. MixUp, "
@@ -1256,7 +1264,7 @@ def parse_args(argv=None):
     recipe.add_argument("--min-lr", type=common.non_negative, default=1e-5,
                         help="learning rate at the end of the cosine (%(default)s)")
     recipe.add_argument("--warmup-epochs", type=common.non_negative, default=20,
-                        help="epochs of linear warm-up, cut to a tenth of --epochs (%(default)s)")
+                        help="epochs of linear warm-up, at most a tenth of --epochs (%(default)s)")
     recipe.add_argument("--weight-decay", type=common.non_negative, default=0.05,
                         help="weight decay of AdamW (%(default)s)")
     recipe.add_argument("--clip-grad", type=common.non_negative, default=5.0,
@@ -1280,7 +1288,8 @@ def parse_args(argv=None):
     recipe.add_argument("--random-erasing", type=common.fraction, default=0.25,
                         help="probability that a rectangle of an image is erased (%(default)s)")
     recipe.add_argument("--seed", type=common.non_negative_int, default=0,
-                        help="seed of all random numbers (%(default)s)")
+                        help="seed of the random numbers; --data-fraction takes the same images "
+                             "with every seed (%(default)s)")
 
     free = parser.add_argument_group(
         "no real images", "Of two defaults the first is for images up to 64 px.")
@@ -1329,15 +1338,15 @@ def parse_args(argv=None):
                      help="steps between progress lines (%(default)s)")
     run.add_argument("--demo", action="store_true",
                      help="train a CNN and two small ViTs on drawn shapes, without data, download "
-                          "or GPU; reads --workers and --seed, no other flag")
+                          "or GPU; of the other flags only --workers and --seed count")
     run.add_argument("--demo-data-free", action="store_true",
                      help="train a CNN on drawn shapes, then make images from its weights, see "
-                          "out/demo-*.png; reads --workers and --seed, no other flag")
+                          "out/demo-*.png; of the other flags only --workers and --seed count")
     args = parser.parse_args(argv)
 
     is_for_student = not (args.train_teacher or args.synthesize)  # a CNN has no patches
     if is_for_student and args.image_size % args.patch_size:
-        parser.error(f"--image-size {args.image_size} is no multiple of --patch-size "
+        parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size "
                      f"{args.patch_size}")
     modes = {"--train-teacher": args.train_teacher, "--synthesize": args.synthesize,
              "--demo": args.demo, "--demo-data-free": args.demo_data_free}
@@ -1346,6 +1355,8 @@ def parse_args(argv=None):
         parser.error(f"{' and '.join(chosen)} are different tasks: give one of them")
     if args.synthesize and args.amp == "fp16":
         parser.error("--amp fp16 is too coarse for the gradients of pixels: take bf16 or off")
+    if args.teacher == "none" and args.teacher_weights:
+        parser.error("--teacher-weights needs the name of its --teacher, not none")
     if args.synthesize and args.teacher == "none":
         parser.error("--synthesize needs a --teacher")
     if args.train_teacher and args.accum > 1:
@@ -1390,6 +1401,7 @@ def demo(args, device):
         for name, flags in runs.items():
             folder = f"{out}/{name.split()[-1]}"
             command = f"python dearkd.py {shared} {' '.join(flags)} --out {folder}"
+            # The folder is temporary: show a command that also works later
             common.print0(f"\n{name}: {command.replace(out, 'out/demo')}")
             run_args = parse_args([*shared.split(), *flags, "--out", folder])
             run = train_cnn if run_args.train_teacher else train

@@ -4,7 +4,8 @@ The feature of an image is the ViT's class token after the final norm. Two class
   - weighted k-NN (the protocol of DINO, arXiv 2104.14294, section 4.1): the k training images most
     similar by cosine vote for their class, each with weight exp(similarity / 0.07);
   - with --linear, softmax regression. Its learning rate is chosen on a tenth of the training
-    features that training does not see. The validation images only measure the result.
+    features that training does not see, then it is trained on all of them. The validation images
+    only measure the result.
 
     python eval_knn.py --weights out/attndistill/student.pth --data data/imagenet
     torchrun --nproc_per_node 8 eval_knn.py --arch dino_s16 --data data/imagenet --linear
@@ -37,7 +38,8 @@ def knn_predict(train_features, train_labels, test_features, ks=KS, temperature=
     """Weighted k-NN in one pass for all k. Return {k: (N_test, min(5, C)) classes, best first}.
 
     train_features (N, D), test_features (N_test, D): of any float type, normalised here.
-    train_labels (N,). A k above N takes all N. Needs about 1.5 GiB beside the features.
+    train_labels (N,). A k above N takes all N. Classes without a vote come last, in any order.
+    Needs about 1.5 GiB beside the features.
     """
     N = len(train_features)
     device = train_features.device
@@ -55,11 +57,11 @@ def knn_predict(train_features, train_labels, test_features, ks=KS, temperature=
             part = slice(start, start + 2**16)
             train = F.normalize(train_features[part].float(), dim=1)
             torch.mm(test, train.T, out=similarity[:, part])
-        similarity, neighbours = similarity.topk(most, dim=1)               # (n, most), best first
+        best, neighbours = similarity.topk(most, dim=1)                     # (n, most), best first
 
         # Relative to the best neighbour, whose vote is 1: exp(1 / temperature) may overflow. In
-        # double precision, so that the order in which votes are added does not matter.
-        votes = ((similarity - similarity[:, :1]).double() / temperature).exp()
+        # double precision the order in which votes are added hardly matters.
+        votes = ((best - best[:, :1]).double() / temperature).exp()
         labels = train_labels[neighbours]                                   # (n, most)
         for k, parts in predictions.items():
             scores = torch.zeros(len(test), num_classes, dtype=torch.float64, device=device)
@@ -96,6 +98,7 @@ def knn_accuracy(train, test, num_classes, ks=KS):
 # ------------------------------------------------------------------ linear probe
 
 
+@torch.enable_grad()
 def train_linear(features, labels, num_classes, lr, epochs=30, batch_size=1024):
     """Train softmax regression on standardised features. Return a function: features -> logits.
 
@@ -120,9 +123,10 @@ def train_linear(features, labels, num_classes, lr, epochs=30, batch_size=1024):
             F.cross_entropy(logits_of(features[batch]), labels[batch]).backward()
             optimizer.step()
             schedule.step()
-    return torch.no_grad()(logits_of)
+    return logits_of
 
 
+@torch.no_grad()
 def linear_probe(train, test, num_classes):
     """Return (top-1, top-5, learning rate, held-out top-1), accuracies in percent.
 
@@ -151,8 +155,8 @@ def linear_probe(train, test, num_classes):
 def extract_features(model, dataset, batch_size, workers, device, autocast, gather):
     """Return (features (n, D) in float16, labels (n,)), without images that cannot be read.
 
-    They are those of this process's share of the images, or if gather those of all images.
-    batch_size: images per forward pass in each process.
+    gather=False: those of this process's share of the images. gather=True: those of all images, in
+    the order of the data set. batch_size: images per forward pass in each process.
     """
     model.eval()
     loader = common.val_loader(dataset, batch_size, workers)
@@ -161,15 +165,21 @@ def extract_features(model, dataset, batch_size, workers, device, autocast, gath
     features = torch.zeros(longest_share, model.cls_token.shape[2], dtype=torch.float16,
                            device=device)
     labels = torch.full((longest_share,), -1, device=device)
-    hidden = None if common.rank() == 0 else True  # None: shown on a terminal only
+    disable = None if common.rank() == 0 else True  # None: on if stderr is a terminal
     start = 0
-    for images, target in tqdm(loader, "features", leave=False, disable=hidden):
+    for images, target in tqdm(loader, "features", leave=False, disable=disable):
         end = start + len(images)
         with autocast:
             features[start:end] = model(images.to(device, non_blocking=True)).half()
         labels[start:end] = target.to(device)
         start = end
-    features.nan_to_num_(0, 0, 0)  # a single NaN would spoil the votes of all images
+    # A single NaN would spoil the votes of all images
+    not_finite = (~features.isfinite()).any(1).sum().item()
+    [not_finite] = common.sum_over_processes([not_finite], device)
+    if not_finite:
+        common.print0(f"WARNING: the features of {not_finite:.0f} images are NaN or infinite, and "
+                      "count as 0. Is it a diverged network, or one that needs --amp bf16 or off?")
+    features.nan_to_num_(0, 0, 0)
 
     if gather and common.world_size() > 1:
         all_features = features.new_empty(common.world_size() * longest_share, features.shape[1])
@@ -211,13 +221,14 @@ def load_model(weights, arch, image_size):
     saved = common.load_checkpoint(weights)
     name = saved.get("script") if isinstance(saved, dict) else None
     if name not in ("attndistill", "vitkd", "dearkd"):
-        raise common.InputError(f"{weights} holds no ViT of attndistill.py, vitkd.py or dearkd.py. "
-                                "For a released ViT name it, too: --arch dino_s16, for example")
+        raise common.InputError(f"{weights} is not a student.pth of attndistill.py, vitkd.py or "
+                                "dearkd.py. For a released ViT also give its name, such as --arch "
+                                "dino_s16")
     script = importlib.import_module(name)
     image_size = image_size or saved["arch"]["image_size"]
     patch_size = saved["arch"]["patch_size"]
     if image_size % patch_size:
-        raise common.InputError(f"--image-size {image_size} is no multiple of the patch size "
+        raise common.InputError(f"--image-size {image_size} is not a multiple of the patch size "
                                 f"{patch_size}")
     model = script.ViT(**{**saved["arch"], "image_size": image_size, "num_classes": 0})
     without_head = {name: tensor for name, tensor in saved["model"].items() if "head" not in name}
@@ -238,7 +249,7 @@ def run(args, device):
     num_classes = len(train_images.classes)
     transform = common.val_transform(image_size)
     indices = common.class_balanced_subset(train_images.targets, args.data_fraction)
-    # The linear probe holds out every tenth image: in random order these are of all classes
+    # The linear probe holds out every tenth image: shuffled, so that these are of all classes
     indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
     train_set = common.Images(train_images, indices, transform, replace_unreadable=False)
     test_set = common.Images(val_images, range(len(val_images)), transform,
@@ -262,7 +273,7 @@ def run(args, device):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], usage="%(prog)s [--flag value ...]",
-        epilog="Defaults stand in parentheses.", allow_abbrev=False)
+        epilog="Defaults are in parentheses.", allow_abbrev=False)
     parser.error = common.fail  # one line, also under torchrun
 
     parser.add_argument("--weights", metavar="FILE",
@@ -288,7 +299,7 @@ def parse_args(argv=None):
                         help="images per forward pass, of all GPUs together; lower it if the GPU's "
                              "memory is full (%(default)s)")
     parser.add_argument("--linear", action="store_true",
-                        help="train softmax regression on the features, too")
+                        help="also train softmax regression on the features")
     parser.add_argument("--amp", choices=common.DTYPES,
                         help="precision of matrix products, off is float32; without this flag the "
                              "fastest that the device computes natively")

@@ -2,22 +2,30 @@
 
 Yang et al., "ViTKD: Practical Guidelines for ViT Feature Knowledge Distillation", arXiv 2209.02432,
 with NKD, the logit loss of Yang et al., arXiv 2303.13005. Formulas, constants and recipe are the
-authors' (papers and released code). Ours: alpha and beta scaled to other numbers of tokens and
-widths, the learning rate scaled by the root of the batch size, a warm-up of at most a tenth of the
-run, steps without finite gradients skipped, RandAugment without SolarizeAdd (torchvision has none).
+authors' (papers and released code). Ours:
+  - alpha and beta are scaled to other numbers of tokens and widths;
+  - the learning rate is scaled by the root of the batch size;
+  - warm-up takes at most a tenth of the run;
+  - a step without finite gradients is skipped;
+  - all linear layers begin with DeiT's deviation of 0.02;
+  - the moving average of the weights begins with a small decay, which grows to --ema-decay;
+  - RandAugment has no SolarizeAdd, as torchvision's.
 
-The first blocks of teacher and student have similar attention maps, the last do not. Therefore
+In their first blocks teacher and student attend to similar patches, so the student can copy what
+the teacher computes there. In their last blocks they do not, and copying harms. Therefore
   - shallow (after blocks 0 and 1): the student MIMICS the teacher's patch tokens;
   - deep (after the final norm): half of the student's patch tokens are masked, and a small
     convolutional network must GENERATE the teacher's tokens there from the other half;
-  - logits: NKD separates the target class from the distribution over the other classes.
+  - logits: NKD distils the probability of the target class and the distribution over the other
+    classes as two terms.
 
 DeiT-T distilled from DeiT III-S on ImageNet-1k, and a demo for a laptop:
     torchrun --nproc_per_node 8 vitkd.py --data data/imagenet --teacher deit3_s --student deit_t
     python vitkd.py --demo
 Top-1 of DeiT-T (paper): 74.42 % alone, 76.06 % with ViTKD, 77.78 % with ViTKD and NKD.
-Measured: micro from a fine-tuned DeiT-T of 91.8 %, 3 epochs of CIFAR-10 at 112 px, two seeds. Top-1
-is 50.1 % alone, 62.5 % with ViTKD, 60.7 % with ViTKD and NKD (one AMD EPYC core, bf16, 2026-11-27;
+Measured: micro from a fine-tuned DeiT-T of 91.8 %, 3 epochs of CIFAR-10 at 112 px, batch 64, crop
+and flip only, two seeds. Top-1 is 50.1 % alone, 62.5 % with ViTKD, 60.7 % with ViTKD and NKD. So in
+short runs NKD did not add to ViTKD; --no-nkd leaves it out (one AMD EPYC core, bf16, 2026-11-27;
 tests/evidence/README.md).
 """
 
@@ -48,10 +56,11 @@ class ViTKDLoss(nn.Module):
     Leave the class token out, and run the teacher under torch.no_grad(). Add both terms to the
     cross-entropy. This module has parameters: train them with the student, then drop them.
 
-    Both terms are sums over N * D_t and means over B. alpha and beta are the paper's, for N = 196
-    and its teachers' D_ref (384 for DeiT-T, 768 for S, 1024 for B). For other sizes multiply both
-    by 196 * D_ref / (N * D_t). mask_ratio is the paper's lambda. What is masked are the student's
-    output tokens; its input stays whole.
+    L_m sums over tokens, channels and the two blocks, L_g over masked tokens and channels, so both
+    grow with N * D_t. The defaults of alpha and beta are the paper's, for N = 196 and a teacher of
+    width D_ref: 384 for the student DeiT-T, 768 for DeiT-S, 1024 for DeiT-B. For other sizes
+    multiply both by 196 * D_ref / (N * D_t). mask_ratio is the paper's lambda. Only the student's
+    output tokens are masked: it sees the whole image.
     """
 
     def __init__(self, student_dim, teacher_dim, alpha=3e-5, beta=3e-6, mask_ratio=0.5):
@@ -60,13 +69,13 @@ class ViTKDLoss(nn.Module):
         self.beta = beta
         self.mask_ratio = mask_ratio
 
-        def align():  # from the student's width to the teacher's
+        def make_align():  # from the student's width to the teacher's
             if student_dim == teacher_dim:
                 return nn.Identity()
             return nn.Linear(student_dim, teacher_dim)
 
-        self.align_shallow = nn.ModuleList([align(), align()])
-        self.align_deep = align()
+        self.align_shallow = nn.ModuleList([make_align(), make_align()])
+        self.align_deep = make_align()
         self.mask_token = nn.Parameter(torch.zeros(1, 1, teacher_dim))
         self.generator = nn.Sequential(
             nn.Conv2d(teacher_dim, teacher_dim, 3, padding=1), nn.ReLU(),
@@ -75,12 +84,14 @@ class ViTKDLoss(nn.Module):
     def forward(self, student_shallow, student_deep, teacher_shallow, teacher_deep):
         B, N, _ = student_deep.shape
         g = math.isqrt(N)
-        if g * g != N or teacher_deep.shape[1] != N:
-            raise ValueError(f"{N} and {teacher_deep.shape[1]} patch tokens: no common square grid")
+        for tokens in (student_deep, teacher_deep, *student_shallow, *teacher_shallow):
+            if tokens.shape[1] != g * g:
+                raise ValueError(f"{N} and {tokens.shape[1]} patch tokens: no common square grid")
 
         # L_m = alpha/B * sum over blocks i = 0, 1 of || A_i(F_i^s) - F_i^t ||^2
         mimicking = 0
-        for align, s, t in zip(self.align_shallow, student_shallow, teacher_shallow):
+        pairs = zip(self.align_shallow, student_shallow, teacher_shallow, strict=True)
+        for align, s, t in pairs:
             mimicking = mimicking + (align(s).float() - t.float()).square().sum()
         mimicking = self.alpha / B * mimicking
 
@@ -99,35 +110,39 @@ def random_mask(batch_size, num_tokens, mask_ratio, device=None):
     """Return (B, N) bool, True = masked: N - floor(N * (1 - mask_ratio)) tokens of each image."""
     # 10 * (1 - 0.9) is 0.9999... in floating point: 1e-9 makes it a whole 1 again
     num_visible = math.floor(num_tokens * (1 - mask_ratio) + 1e-9)
-    # Sorting noise gives each token a number of its own, from 0 to N-1. The lowest are masked.
-    numbers = torch.rand(batch_size, num_tokens, device=device).argsort(dim=1)
-    return numbers < num_tokens - num_visible
+    num_masked = num_tokens - num_visible
+    # The order of random numbers is a random permutation of 0 .. N-1, one for each image
+    permutation = torch.rand(batch_size, num_tokens, device=device).argsort(dim=1)
+    return permutation < num_masked
 
 
 def nkd_loss(student_logits, teacher_logits, target, gamma=1.0, temperature=1.0):
     """NKD (arXiv 2303.13005, section 3), a scalar: a term for the target class, one for the others.
 
     logits: (B, C). target: (B,) classes, or (B, C) mixed labels, where the largest is the target.
-    The defaults are those used beside ViTKD; NKD alone takes gamma 1.5 on ImageNet.
+    Run the teacher under torch.no_grad(). The defaults are those used beside ViTKD; NKD alone takes
+    gamma 1.5 on ImageNet.
     """
-    student = student_logits.float()
-    teacher = teacher_logits.float()
+    student_logits = student_logits.float()
+    teacher_logits = teacher_logits.float()
     if target.ndim == 2:
+        if target.shape != student_logits.shape:
+            raise ValueError(f"labels of shape {tuple(target.shape)}: give (B,) or (B, C)")
         target = target.argmax(1)
     target = target[:, None]                                                        # (B, 1)
 
-    # - p_t(y) log p_s(y)
-    p_t = teacher.softmax(1).gather(1, target)
-    log_p_s = student.log_softmax(1).gather(1, target)
+    # - p_t(y) log p_s(y), t: teacher, s: student
+    p_t = teacher_logits.softmax(1).gather(1, target)
+    log_p_s = student_logits.log_softmax(1).gather(1, target)
     target_term = -p_t * log_p_s                                                    # (B, 1)
 
-    # - gamma tau^2 * sum_{i != y} n_t(i) log n_s(i), n = softmax over the other logits / tau
+    # - sum_{i != y} n_t(i) log n_s(i), n: softmax over the other logits / tau, tau: temperature
     def others(logits):
         # exp(-1e30) is 0, so the target leaves the softmax. With -inf, n * log n would be NaN.
         return (logits / temperature).scatter(1, target, -1e30)
 
-    n_t = others(teacher).softmax(1)
-    log_n_s = others(student).log_softmax(1)
+    n_t = others(teacher_logits).softmax(1)
+    log_n_s = others(student_logits).log_softmax(1)
     other_term = -(n_t * log_n_s).sum(1, keepdim=True)                              # (B, 1)
     return (target_term + gamma * temperature**2 * other_term).mean()
 
@@ -149,11 +164,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x):
-        B, N, D = x.shape
-        qkv = self.qkv(x).view(B, N, 3, self.num_heads, D // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, N, D/H) each
-        x = F.scaled_dot_product_attention(q, k, v)                         # (B, H, N, D/H)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        B, T, D = x.shape                                                   # T: all tokens
+        qkv = self.qkv(x).view(B, T, 3, self.num_heads, D // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)                                # (B, H, T, D/H) each
+        x = F.scaled_dot_product_attention(q, k, v)                         # (B, H, T, D/H)
+        return self.proj(x.transpose(1, 2).reshape(B, T, D))
 
 
 class Block(nn.Module):
@@ -241,8 +256,8 @@ def fold_layer_scale(weights):
 def fold_normalization(weights, mean, std):
     """Let a ViT made for (pixel - mean) / std take images normalised by common.MEAN and STD.
 
-    Such an image x becomes (x * STD + MEAN - mean) / std. This is linear in x, and so is the first
-    layer, a convolution without padding. Therefore its weight and bias can do it.
+    The ViT needs (x * STD + MEAN - mean) / std instead of such an image x: in each channel
+    scale * x + shift. The first layer, a convolution without padding, can absorb both.
     """
     scale = torch.tensor(common.STD) / torch.tensor(std)                    # (3,)
     shift = (torch.tensor(common.MEAN) - torch.tensor(mean)) / torch.tensor(std)
@@ -256,10 +271,11 @@ def fold_normalization(weights, mean, std):
 
 
 def resize_position(pos_embed, grid):
-    """Resize a position embedding (1, P + g*g, D) to (1, P + grid*grid, D), bicubically.
+    """Resize a position embedding (1, P + g*g, D) to (1, 1 + grid*grid, D), bicubically.
 
     P = 1: the first row belongs to the class token and stays. P = 0 in DeiT III, which adds no
-    position to the class token: then a row of zeros is put in front.
+    position to the class token: then a row of zeros is put in front. This is the way of DeiT, MAE
+    and timm. DINO, iBOT and DINOv2 resize slightly differently (attndistill.py).
     """
     g = math.isqrt(pos_embed.shape[1])  # the root of 1 + g*g rounds down to g
     class_token, patches = pos_embed.tensor_split([pos_embed.shape[1] - g**2], dim=1)
@@ -282,9 +298,9 @@ def load_weights(vit, weights, source):
 
 
 def load_init(student, path):
-    """Start a student from a file of ViT weights. A head of another class count stays new."""
+    """Start a student from a file of ViT weights. It keeps its new head if class counts differ."""
     weights = fold_layer_scale(common.read_weights(path))
-    # Left out: parts of self-supervised training (DINOv2, iBOT, MAE's decoder)
+    # Parts of self-supervised training (DINOv2, iBOT, MAE's decoder)
     unused = ("mask_token", "masked_embed", "decoder_")
     weights = {name: x for name, x in weights.items() if not name.startswith(unused)}
     head = student.head.state_dict(prefix="head.")
@@ -299,8 +315,9 @@ def load_init(student, path):
 
 # file: below https://dl.fbaipublicfiles.com/deit/, or None if there is no download. Hex digits at
 # the end of a file's name are the start of its sha256, and are checked. DeiT III's have none; 21k
-# in their names: trained on ImageNet-21k, then on the 1,000 classes that they tell apart.
-# mean_and_std: of the images that the ViT was made for, where they are not ImageNet's.
+# in their names: trained on ImageNet-21k, then fine-tuned on ImageNet-1k.
+# mean, std: of the images that the ViT was made for, where they are not ImageNet's.
+HALF = (0.5, 0.5, 0.5)
 TEACHERS = {
     "deit_t": {"size": "deit_t", "file": "deit_tiny_patch16_224-a1311bcf.pth"},
     "deit_s": {"size": "deit_s", "file": "deit_small_patch16_224-cd65a155.pth"},
@@ -309,10 +326,10 @@ TEACHERS = {
     "deit3_b": {"size": "deit_b", "file": "deit_3_base_224_21k.pth"},
     "deit3_l": {"size": "deit_l", "file": "deit_3_large_224_21k.pth"},
     # timm's vit_{tiny,small,base,large}_patch16_224
-    "augreg_t16": {"size": "deit_t", "file": None, "mean_and_std": 0.5},
-    "augreg_s16": {"size": "deit_s", "file": None, "mean_and_std": 0.5},
-    "augreg_b16": {"size": "deit_b", "file": None, "mean_and_std": 0.5},
-    "augreg_l16": {"size": "deit_l", "file": None, "mean_and_std": 0.5},
+    "augreg_t16": {"size": "deit_t", "file": None, "mean": HALF, "std": HALF},
+    "augreg_s16": {"size": "deit_s", "file": None, "mean": HALF, "std": HALF},
+    "augreg_b16": {"size": "deit_b", "file": None, "mean": HALF, "std": HALF},
+    "augreg_l16": {"size": "deit_l", "file": None, "mean": HALF, "std": HALF},
 }
 
 
@@ -325,16 +342,15 @@ def find_teacher(name, weights):
         source = weights or f"https://dl.fbaipublicfiles.com/deit/{row['file']}"
         return source, SIZES[row["size"]], row
     if not Path(name).is_file():
-        raise common.InputError(f"no teacher {name}: choose {', '.join(TEACHERS)}, none, or the "
-                                "path of a student.pth")
+        raise common.InputError(f"unknown teacher {name}: choose {', '.join(TEACHERS)}, none, "
+                                "or the path of a student.pth")
     if weights:
-        raise common.InputError(f"--teacher {name} is a file of weights, and {weights} another: "
-                                "--teacher-weights belongs to the name of a teacher")
+        raise common.InputError(f"--teacher {name} is a file already: leave out --teacher-weights")
     saved = common.load_checkpoint(name)
     if not (isinstance(saved, dict) and saved.get("script") == "vitkd" and "arch" in saved):
         raise common.InputError(
-            f"{name} is no student.pth of vitkd.py. For a file of other weights choose the name, "
-            f"{', '.join(TEACHERS)}, and give the file as --teacher-weights")
+            f"{name} is not a student.pth of vitkd.py. For a file of other weights choose the "
+            f"name, {', '.join(TEACHERS)}, and give the file as --teacher-weights")
     return name, saved["arch"], {}
 
 
@@ -351,12 +367,12 @@ def load_teacher(name, weights=None, num_classes=1000, image_size=224):
     if patches.ndim != 4 or patches.shape[1] != 3 or "patch_embed.proj.bias" not in state:
         raise common.InputError(f"{source}: patch_embed.proj must be a convolution of RGB images "
                                 "with a bias")
-    if "mean_and_std" in row:
-        state = fold_normalization(state, [row["mean_and_std"]] * 3, [row["mean_and_std"]] * 3)
+    if "mean" in row:
+        state = fold_normalization(state, row["mean"], row["std"])
 
     patch_size = patches.shape[-1]
     if image_size % patch_size:
-        raise common.InputError(f"image size {image_size} is no multiple of the patch size "
+        raise common.InputError(f"image size {image_size} is not a multiple of the patch size "
                                 f"{patch_size} of {source}")
     if "head.bias" not in state:
         raise common.InputError(f"{source} has no head: the teacher must be a classifier")
@@ -376,15 +392,15 @@ def load_teacher(name, weights=None, num_classes=1000, image_size=224):
 
 # On ImageNet-1k (paper): top-1 without a teacher, and the width of the teacher. micro is ours.
 STUDENTS = {
-    "micro": {"top1": 0.0, "teacher_dim": 384},
-    "deit_t": {"top1": 74.42, "teacher_dim": 384},
-    "deit_s": {"top1": 80.55, "teacher_dim": 768},
-    "deit_b": {"top1": 81.76, "teacher_dim": 1024},
+    "micro": {"paper_top1": 0.0, "paper_teacher_dim": 384},
+    "deit_t": {"paper_top1": 74.42, "paper_teacher_dim": 384},
+    "deit_s": {"paper_top1": 80.55, "paper_teacher_dim": 768},
+    "deit_b": {"paper_top1": 81.76, "paper_teacher_dim": 1024},
 }
 
 
 class Distillation(nn.Module):
-    """All that is trained, in one module for one DistributedDataParallel.
+    """Everything that is trained, in one module for one DistributedDataParallel.
 
     forward(images, target, teacher_features) -> {name: loss term}; the loss is their sum.
     teacher_features: what the teacher's features(images) returns; None for a student alone.
@@ -419,7 +435,7 @@ def train(args, device):
     common.describe_run(device, args.amp)
     common.choose_attention_kernel(device, args.amp)
     autocast = torch.autocast(device.type, common.DTYPES[args.amp], enabled=args.amp != "off")
-    # fp16 rounds small gradients to 0: the scaler multiplies the loss first. Else it does nothing.
+    # fp16 rounds small gradients to 0: the scaler multiplies the loss first. It is idle otherwise.
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # ---- data ----
@@ -434,7 +450,8 @@ def train(args, device):
     common.print_counts(train_set, val_set)
     train_batches = common.train_loader(train_set, args.batch_size, args.accum, args.workers,
                                         args.seed)
-    chunk_size = args.batch_size // (common.world_size() * args.accum)  # as large as in training
+    # Images for one forward pass: in evaluation as many as in training fit into memory
+    chunk_size = args.batch_size // (common.world_size() * args.accum)
     val_batches = common.val_loader(val_set, chunk_size, args.workers)
     steps_per_epoch = len(train_batches)
 
@@ -460,29 +477,32 @@ def train(args, device):
         teacher.to(device)
         teacher_patch_size = teacher.patch_embed["proj"].kernel_size[0]
         if teacher_patch_size != args.patch_size:
-            raise common.InputError("teacher and student need the same patch size. That of the "
-                                    f"teacher is {teacher_patch_size}: --patch-size")
+            raise common.InputError("teacher and student need the same patch size: add "
+                                    f"--patch-size {teacher_patch_size}")
         # As ViTKDLoss says, this keeps the weight of each element as it is in the paper
         num_patches = (args.image_size // args.patch_size) ** 2
         teacher_dim = teacher.pos_embed.shape[2]
-        scale = 196 * STUDENTS[args.student]["teacher_dim"] / (num_patches * teacher_dim)
+        scale = 196 * STUDENTS[args.student]["paper_teacher_dim"] / (num_patches * teacher_dim)
         vitkd_loss = ViTKDLoss(arch["dim"], teacher_dim, args.alpha * scale, args.beta * scale,
                                args.mask_ratio)
 
     model = Distillation(student, vitkd_loss, args.label_smoothing, not args.no_nkd, args.gamma)
     model.to(device)
-    ema = common.moving_average(student, args.ema_decay)  # what is evaluated and saved
+    ema = common.moving_average(student, args.ema_decay)  # evaluated and saved; 0: the student
 
     # ---- optimiser ----
     groups = common.parameter_groups(model, args.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=args.lr, betas=(0.9, 0.999), fused=True)
 
-    # ---- resume, or check the teacher ----
+    # ---- classes and image size of --init, --teacher and a resumed student ----
     trained_on = {"classes": list(train_images.classes), "image_size": args.image_size}
-    for path in (args.init, args.teacher):
+    resumed = f"{args.out}/student.pth" if args.resume else None
+    for path in (args.init, args.teacher, resumed):
         common.compare_with_training(path, **trained_on)
+
+    # ---- resume, or measure the teacher ----
     stateful = {"model": model, "ema": ema, "optimizer": optimizer, "scaler": scaler}
-    settings = {**vars(args), "num_classes": num_classes}  # a resumed run must have the same
+    settings = {**vars(args), "num_classes": num_classes}  # --resume compares them
     log = []  # one record an epoch
     checkpoint = common.open_run(args.out, args.resume, settings)
     if checkpoint:
@@ -493,11 +513,12 @@ def train(args, device):
         # A teacher made for another image size can be so bad that it harms the student
         top1 = common.evaluate(teacher, val_batches, device, autocast)
         common.print0(f"teacher {args.teacher}: top-1 {top1:.1f} % on the validation images")
-        alone = STUDENTS[args.student]["top1"]
+        alone = STUDENTS[args.student]["paper_top1"]
         if num_classes == 1000 and top1 < alone:
             common.print0(f"WARNING: that is less than {args.student} reaches without a teacher, "
                           f"{alone} % (paper)")
 
+    # ---- compile, and several processes ----
     if args.compile:
         model.compile(dynamic=False)  # in place, so that names in state_dict() stay as they are
         if teacher:
@@ -542,10 +563,10 @@ def train(args, device):
                 loss = sum(losses.values()) / args.accum
                 scaler.scale(loss).backward()
                 for name, term in losses.items():
-                    # For the log alone. NaN and inf count as 0: they would spoil the epoch's mean.
+                    # For the log alone. NaN and inf count as 0, or the epoch's mean would be NaN.
                     loss_sums[name] += term.detach().nan_to_num(0, 0, 0) / args.accum
 
-            # ---- step, if gradients are finite: they are averaged, so all processes agree ----
+            # ---- step, if gradients are finite: averages, so all processes decide alike ----
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             if norm.isfinite():
@@ -555,8 +576,8 @@ def train(args, device):
             else:
                 skipped_steps += 1
                 bad_steps_in_a_row += 1
-            if bad_steps_in_a_row == 20:
-                raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
+                if bad_steps_in_a_row == 20:
+                    raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
             scaler.update()
             optimizer.zero_grad()
 
@@ -578,9 +599,9 @@ def train(args, device):
         log.append(record)
         common.log_epoch(args.out, log, args.epochs)
 
-        # ---- checkpoints: the student as a plain ViT, and all that --resume needs ----
+        # ---- checkpoints: the student as a plain ViT, and what --resume needs ----
         if common.rank() == 0:
-            common.save_checkpoint(f"{args.out}/student.pth", model=ema.module.state_dict(),
+            common.save_checkpoint(f"{args.out}/student.pth", model=common.cpu_weights(ema.module),
                                    arch=arch, script="vitkd", trained_on=trained_on)
             states = {name: part.state_dict() for name, part in stateful.items()}
             common.save_checkpoint(f"{args.out}/last.pth", **states, log=log, args=settings)
@@ -593,7 +614,7 @@ def train(args, device):
 def parse_args(argv=None):
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n\n")[0], usage="%(prog)s [--flag value ...]",
-        epilog="Defaults stand in parentheses.", allow_abbrev=False)
+        epilog="Defaults are in parentheses.", allow_abbrev=False)
     parser.error = common.fail  # one line, also under torchrun
 
     data = parser.add_argument_group("data")
@@ -616,14 +637,16 @@ def parse_args(argv=None):
                         help="the ViT to train; micro, of 0.7 million parameters, is for CPUs "
                              "(%(default)s)")
     models.add_argument("--init", metavar="FILE",
-                        help="start from the weights of a ViT; a head for another number of "
+                        help="start from a plain ViT of the student's size and patch size that was "
+                             "made for ImageNet's mean and deviation (not AugReg, not MoCo v3's "
+                             "ViT-S); a file or https address; a head for another number of "
                              "classes is replaced by a new one")
     models.add_argument("--teacher", default="deit3_s",
                         help=f"{', '.join(TEACHERS)}; or the path of a student.pth of this script; "
                              "or none, to learn from labels alone (%(default)s)")
     models.add_argument("--teacher-weights", metavar="FILE",
-                        help="file with the named teacher's weights, instead of a download; "
-                             "augreg_* need it")
+                        help="file or https address of the named teacher's weights, instead of the "
+                             "usual download; augreg_* need it")
     models.add_argument("--patch-size", type=common.positive_int, default=16,
                         help="side length of a patch in pixels; the teacher must have the same "
                              "(%(default)s)")
@@ -654,7 +677,7 @@ def parse_args(argv=None):
     recipe.add_argument("--min-lr", type=common.non_negative, default=1e-5,
                         help="learning rate at the end of the cosine (%(default)s)")
     recipe.add_argument("--warmup-epochs", type=common.non_negative, default=20,
-                        help="epochs of linear warm-up, cut to a tenth of --epochs (%(default)s)")
+                        help="epochs of linear warm-up, at most a tenth of --epochs (%(default)s)")
     recipe.add_argument("--weight-decay", type=common.non_negative, default=0.05,
                         help="weight decay of AdamW (%(default)s)")
     recipe.add_argument("--clip-grad", type=common.non_negative, default=5.0,
@@ -678,7 +701,8 @@ def parse_args(argv=None):
     recipe.add_argument("--random-erasing", type=common.fraction, default=0.25,
                         help="probability that a rectangle of an image is erased (%(default)s)")
     recipe.add_argument("--seed", type=common.non_negative_int, default=0,
-                        help="seed of all random numbers (%(default)s)")
+                        help="seed of the random numbers; --data-fraction takes the same images "
+                             "with every seed (%(default)s)")
 
     run = parser.add_argument_group("run")
     run.add_argument("--amp", choices=common.DTYPES,
@@ -697,11 +721,13 @@ def parse_args(argv=None):
                      help="steps between progress lines (%(default)s)")
     run.add_argument("--demo", action="store_true",
                      help="train three small ViTs on drawn shapes, without data, download or GPU; "
-                          "reads --workers and --seed, no other flag")
+                          "of the other flags only --workers and --seed count")
     args = parser.parse_args(argv)
 
+    if args.teacher == "none" and args.teacher_weights:
+        parser.error("--teacher-weights needs the name of its --teacher, not none")
     if args.image_size % args.patch_size:
-        parser.error(f"--image-size {args.image_size} is no multiple of --patch-size "
+        parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size "
                      f"{args.patch_size}")
     if args.mask_ratio == 0:
         parser.error("--mask-ratio 0 leaves nothing to generate: --beta 0 switches generation off")
@@ -733,6 +759,7 @@ def demo(args, device):
         for name, flags in runs.items():
             folder = f"{out}/{name.split()[-1]}"
             command = f"python vitkd.py {shared} {' '.join(flags)} --out {folder}"
+            # The folder is temporary: show a command that also works later
             common.print0(f"\n{name}: {command.replace(out, 'out/demo')}")
             record = train(parse_args([*shared.split(), *flags, "--out", folder]), device)
             table.append(f"{name:18s} top-1 {record['top1']:5.1f} %")

@@ -275,6 +275,21 @@ def test_released_formats_load_and_give_class_token_and_attention(family, tmp_pa
         assert torch.equal(teacher(images), cls)
 
 
+def test_dinov3_for_satellite_images_gets_their_normalisation(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(attndistill.SIZES, "vit_l", SMALL)
+    _, content, state, how = released_file("DINOv3 for satellite images")
+    torch.save(content, tmp_path / "sat.pth")
+    pixels = torch.rand(1, 3, 64, 64).double()
+    ours = attndistill.load_teacher("dinov3_l16_sat", tmp_path / "sat.pth", 64).double()
+    found = ours(normalize(pixels, common.MEAN, common.STD))
+    theirs = normalize(pixels, [0.430, 0.411, 0.296], [0.213, 0.156, 0.143])
+    expected, _ = float64_vit(state, theirs, **how)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert "WARNING" not in capsys.readouterr().out
+    attndistill.load_teacher("dinov3_l16", tmp_path / "sat.pth", 64)
+    assert "was trained on satellite images" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("timms_name, name, size", [
     ("vit_small_patch14_reg4_dinov2", "dinov2_s14_reg", 70),
     ("vit_small_patch16_dinov3", "dinov3_s16", 64),
@@ -328,11 +343,12 @@ def test_wrong_teachers_say_what_is_wrong(tmp_path, monkeypatch):
     registers = released_file("DINOv2 with registers")[1]
     distilled = {**plain(), "dist_token": torch.zeros(1, 1, 48)}
     for name, content, size, message in (
-            ("resnet50", None, 224, "no teacher resnet50: choose dino_s16"),
+            ("resnet50", None, 224, "unknown teacher resnet50: choose dino_s16"),
             ("mugs_s16", None, 224, "mugs_s16 has no download: give its file"),
-            ("dinov2_s14", plain(14, 16), 256, "256 is no multiple of the patch size 14"),
+            ("dinov2_s14", plain(14, 16), 256, "256 is not a multiple of the patch size 14"),
             ("dinov2_s14", registers, 224, "it has unexpected register_tokens"),
-            ("dinov3_s16", plain(), 224, "it lacks register_tokens"),
+            ("dinov3_s16", plain(), 224, "has a position embedding, so it is not a DINOv3"),
+            ("dinov3_s16", registers, 224, "has a position embedding, so it is not a DINOv3"),
             ("vit_s16", distilled, 224, "it has unexpected dist_token"),
             ("vit_s16", {"fc.weight": torch.zeros(1)}, 224, "no network .* names are fc.weight")):
         weights = None
@@ -399,13 +415,24 @@ def test_labels_are_never_read(teacher, photos, tmp_path, monkeypatch):
     assert knn[0] != knn[1]  # the measure does read them
 
 
+def test_a_folder_beside_the_script_does_not_hide_a_data_set(photos, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(photos / "train" / "ant", tmp_path / "shapes")
+    train_images, val_images = attndistill.load_data("shapes", None, 16)
+    assert isinstance(train_images, common.Shapes)
+    assert len(val_images) == 1000
+
+
 @pytest.mark.parametrize("kind, count", [
     ("photos", 64), ("train/photos", 64), ("train/CLASS without val", 96),
-    ("train/photos and val/photos", 64)])
+    ("train/photos and val/photos", 64), ("folders, one called val", 75)])
 def test_photos_without_labels_train_without_knn(kind, count, teacher, photos, tmp_path, capsys):
     data = tmp_path / "data"
     if kind == "train/CLASS without val":
         shutil.copytree(photos / "train", data / "train")
+    elif kind == "folders, one called val":  # 64 images beside 11
+        shutil.copytree(photos / "train", data, ignore=shutil.ignore_patterns("cat"))
+        shutil.copytree(photos / "val" / "cat", data / "val" / "cat")
     else:
         folder = data / "train" if kind.startswith("train") else data
         folder.mkdir(parents=True)

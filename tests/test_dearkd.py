@@ -431,7 +431,7 @@ def test_a_teacher_has_as_many_classes_as_its_weights_if_none_are_given(teacher)
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("vgg16", None, "no teacher vgg16: choose cifar_resnet20, .*resnet50, .*student.pth"),
+    ("vgg16", None, "unknown teacher vgg16: choose cifar_resnet20, .*resnet50, .*student.pth"),
     ("cifar_resnet56", None, "cifar_resnet56 has no download: give its file as --teacher-weights"),
     ("resnet18", {"conv1.weight": torch.zeros(3)}, "no network with a layer1.0.conv1.weight"),
     ("resnet18", {"layer1.0.conv1.weight": torch.zeros(3)}, "has no fc.bias: .* a classifier"),
@@ -450,9 +450,9 @@ def test_wrong_teachers_say_what_is_wrong(name, content, message, tmp_path):
 
 
 def test_a_path_must_be_of_train_teacher(teacher):
-    with pytest.raises(common.InputError, match="is no student.pth of --train-teacher"):
+    with pytest.raises(common.InputError, match="is not a student.pth of --train-teacher"):
         dearkd.load_teacher(str(teacher))
-    with pytest.raises(common.InputError, match="is a file of weights, and other.pth another"):
+    with pytest.raises(common.InputError, match="is a file already: leave out --teacher-weights"):
         dearkd.load_teacher(str(cnn_beside(teacher)), "other.pth")
     with pytest.raises(common.InputError, match="the teacher has 10 classes, the data 7"):
         dearkd.load_teacher(str(cnn_beside(teacher)), num_classes=7)

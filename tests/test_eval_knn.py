@@ -175,10 +175,13 @@ def features_of(data):
                                      gather=False)
 
 
-def test_a_feature_that_is_not_finite_counts_as_zero():
+def test_a_feature_that_is_not_finite_counts_as_zero(capsys):
     data = TensorDataset(torch.tensor([[1, 2], [torch.nan, 1e9]]), torch.arange(2))
     features, _ = features_of(data)
     assert features.tolist() == [[1, 2], [0, 0]]
+    assert capsys.readouterr().out.startswith("WARNING: the features of 1 images are NaN or inf")
+    features_of(TensorDataset(torch.ones(2, 2), torch.arange(2)))
+    assert capsys.readouterr().out == ""
 
 
 def test_a_bad_image_is_in_no_feature_and_in_no_count():
@@ -230,11 +233,11 @@ def test_wrong_input_is_one_line(tmp_path, weights, photos):
     for words, message in (
             (data, "give a student.pth as --weights, or the name of a released ViT as --arch"),
             ([*data, "--weights", tmp_path / "no.pth"], "no.pth cannot be read: No such file"),
-            ([*data, "--weights", tmp_path / "other.pth"], "no ViT of attndistill.py, .*. For a released ViT"),
+            ([*data, "--weights", tmp_path / "other.pth"], "not a student.pth of attndistill.py, .*. For a released"),
             ([*data, "--weights", tmp_path / "part.pth"], "it lacks norm.bias"),
-            ([*data, "--arch", "dino_s15"], "no teacher dino_s15: choose dino_s16"),
+            ([*data, "--arch", "dino_s15"], "unknown teacher dino_s15: choose dino_s16"),
             ([*data, "--arch", "mugs_s16"], "mugs_s16 has no download: give its file"),
-            ([*data, *good, "--image-size", 18], "18 is no multiple of the patch size 4"),
+            ([*data, *good, "--image-size", 18], "18 is not a multiple of the patch size 4"),
             ([*data, *good, "--batch-size", 0], "argument --batch-size: 0 is not between"),
             (["--data", tmp_path, *good], "--data .*train")):
         assert re.search(message, error_of("eval_knn", *words)), message

@@ -307,6 +307,18 @@ def test_the_hash_in_the_name_of_a_download_is_checked(tmp_path, monkeypatch):
     (tmp_path / "wrong-0000000f.pth").write_bytes(content)
     with pytest.raises(common.InputError, match="cannot be downloaded: invalid hash value"):
         common.download(f"file://localhost{tmp_path}/wrong-0000000f.pth")
+    folder = tmp_path / "run-0123abcd.d"  # like a hash, but not in the file's name
+    folder.mkdir()
+    (folder / "x.pth").write_bytes(content)
+    common.download(f"file://localhost{folder}/x.pth")
+
+
+def test_addresses_that_differ_in_their_query_are_different_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    for name in ("x.pth", "x.pth?id=1", "x.pth?id=2"):
+        (tmp_path / name).write_text(name)
+        path = common.download(f"file://localhost{tmp_path}/{name}")
+        assert Path(path).read_text() == name
 
 
 # ------------------------------------------------------------------ checkpoints that do not load
@@ -539,7 +551,7 @@ def test_the_patch_size_of_a_teacher_is_that_of_its_file(tmp_path):
                                    rtol=1e-5, atol=1e-5)
         with pytest.raises(common.InputError) as error:
             vitkd.load_teacher("deit_t", tmp_path / "x.pth", 9, image_size + 2)
-        assert str(error.value) == (f"image size {image_size + 2} is no multiple of the patch size "
+        assert str(error.value) == (f"image size {image_size + 2} is not a multiple of the patch size "
                                     f"{patch_size} of {tmp_path}/x.pth")
 
 
@@ -637,14 +649,14 @@ NAMES = ("deit_t, deit_s, deit_b, deit3_s, deit3_b, deit3_l, augreg_t16, augreg_
 
 
 @pytest.mark.parametrize("name, weights, parts", [
-    ("vgg16", None, ["no teacher vgg16", NAMES, "none", "the path of a student.pth"]),
+    ("vgg16", None, ["unknown teacher vgg16", NAMES, "none", "the path of a student.pth"]),
     ("augreg_b16", None, ["augreg_b16 has no download", "--teacher-weights"]),
-    ("released.pth", None, ["released.pth is", "no student.pth of vitkd.py", NAMES,
+    ("released.pth", None, ["released.pth is", "not a student.pth of vitkd.py", NAMES,
                             "--teacher-weights"]),
-    ("attndistill.pth", None, ["attndistill.pth is", "no student.pth of vitkd.py"]),
-    ("list.pth", None, ["list.pth is", "no student.pth of vitkd.py"]),
+    ("attndistill.pth", None, ["attndistill.pth is", "not a student.pth of vitkd.py"]),
+    ("list.pth", None, ["list.pth is", "not a student.pth of vitkd.py"]),
     ("released.pth", "released.pth", ["released.pth", "--teacher-weights"]),
-    (".", None, ["no teacher ."]),
+    (".", None, ["unknown teacher ."]),
 ])
 def test_a_teacher_that_is_none_says_what_to_write(name, weights, parts, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

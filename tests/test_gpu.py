@@ -81,6 +81,8 @@ def test_training_on_a_gpu(script, more, teacher, tmp_path, capsys):
     log = records(tmp_path)
     assert len(log) == 3 and log[2]["skipped_steps"] == 0
     assert all(value.isfinite().all() for value in student(tmp_path).values())
+    exported = torch.load(tmp_path / "student.pth", weights_only=True)["model"]
+    assert {value.device.type for value in exported.values()} == {"cpu"}
 
 
 @needs_gpu

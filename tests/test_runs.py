@@ -53,6 +53,11 @@ def test_a_student_knows_its_classes_and_image_size(photos, teacher, tmp_path, c
     main("attndistill", *flags("attndistill", teacher, tmp_path / "features", *other, path))
     lines = capsys.readouterr().out.splitlines()
     assert size in lines and classes not in lines  # it reads no labels
+    renamed = ["--data", tmp_path / "photos", *alone, "--resume"]
+    main("vitkd", *flags("vitkd", teacher, tmp_path / "vit", *renamed))
+    assert classes in capsys.readouterr().out.splitlines()
+    main("vitkd", *flags("vitkd", teacher, tmp_path / "typo", *renamed))
+    assert f"{tmp_path}/typo holds no last.pth: this is a new run\n" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -473,11 +478,12 @@ def test_a_teacher_worse_than_the_papers_student_is_warned_of(
 WRONG = [
     (["--data", "nowhere"], "--data nowhere: .*nowhere/train"),
     (["--data", "differ"], "differ/val has classes that differ/train lacks: wasp"),
-    (["--teacher", "vgg16"], "no teacher vgg16: choose "),
+    (["--data", "shapes", "--val", "differ"], "--val differ: --data shapes has validation images"),
+    (["--teacher", "vgg16"], "unknown teacher vgg16: choose "),
     (["--teacher", "half.pth"], "half.pth is not a file of weights, or damaged"),
     (["--init", "half.pth"], "half.pth is not a file of weights, or damaged"),
     (["--init", "gone.pth"], "gone.pth cannot be read: No such file or directory"),
-    (["--image-size", 18], "--image-size 18 is no multiple of --patch-size 4"),
+    (["--image-size", 18], "--image-size 18 is not a multiple of --patch-size 4"),
     (["--batch-size", 15, "--accum", 2], "--batch-size 15 is not divisible by .* = 2"),
     (["--batch-size", 320], "--batch-size 320 is more than the 160 training images"),
     (["--epochs", 0], r"argument --epochs: 0 is not between 1 and 1e\+09"),
@@ -491,14 +497,15 @@ WRONG_FOR_VITKD = [
     (["--val", "nowhere"], "--data .*: .*'nowhere'"),
     (["--teacher", "augreg_b16"], "augreg_b16 has no download: give its file as --teacher-weights"),
     (["--teacher", "deit_s", "--teacher-weights", "half.pth"], "half.pth is not a file of weights"),
-    (["--teacher-weights", "half.pth"], ".*student.pth is .*--teacher-weights"),
+    (["--teacher-weights", "half.pth"], ".*student.pth is a file already: leave out "),
     (["--teacher", "deit_s", "--teacher-weights", "page.pth"], "page.pth is a web page"),
     (["--init", "."], r"\. is a folder: give the file in it"),
     (["--init", "code.pth"], r"code.pth holds code \(vitkd.ViT\), which is never run"),
     (["--init", "other.pth"], "other.pth holds no network with a patch_embed.proj.weight"),
     (["--init", "deit.pth"], r"deit.pth belongs to another model: it has other sizes: cls_token "
      r"\(1, 1, 8\) instead of \(1, 1, 96\)"),
-    (["--patch-size", 8], "teacher and student need the same patch size.*--patch-size"),
+    (["--patch-size", 8], "teacher and student need the same patch size: add --patch-size 4"),
+    (["--teacher", "none", "--teacher-weights", "x.pth"], "--teacher-weights needs the name of "),
     (["--batch-size", "x"], "argument --batch-size: invalid positive_int value: 'x'"),
     (["--epochs"], "argument --epochs: expected one argument"),
     (["extra"], "unrecognized arguments: extra"),

@@ -109,6 +109,19 @@ def test_gradients_reach_all_but_the_teacher(student_dim):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+def test_tokens_that_do_not_belong_together_are_refused():
+    shallow, deep, teacher_shallow, teacher_deep = vitkd_inputs(8, 12)
+    loss = vitkd.ViTKDLoss(8, 12)
+    with_class_token = [torch.cat([x[:, :1], x], 1) for x in shallow]
+    for inputs, message in (
+            ((shallow[:1], deep, teacher_shallow, teacher_deep), "zip"),
+            ((shallow, deep, [*teacher_shallow, teacher_deep], teacher_deep), "zip"),
+            ((with_class_token, deep, teacher_shallow, teacher_deep), "no common square grid"),
+            ((shallow, deep, teacher_shallow, teacher_deep[:, :4]), "no common square grid")):
+        with pytest.raises(ValueError, match=message):
+            loss(*inputs)
+
+
 def test_loss_is_float32_under_autocast():
     loss = vitkd.ViTKDLoss(8, 12, alpha=1.0)
     inputs = [[x.detach() for x in part] if isinstance(part, list) else part.detach()
@@ -148,6 +161,13 @@ def test_nkd_equals_float64(mixed, gamma, tau):
     target = torch.rand(6, 10) if mixed else torch.randint(10, (6,))
     loss = vitkd.nkd_loss(student, teacher, target, gamma, tau)
     assert loss.item() == pytest.approx(plain_nkd(student, teacher, target, gamma, tau), rel=1e-5)
+
+
+def test_nkd_refuses_labels_of_another_shape():
+    logits = torch.randn(4, 5)
+    for target in (torch.zeros(4, 1).long(), torch.zeros(4, 6)):
+        with pytest.raises(ValueError, match=r"give \(B,\) or \(B, C\)"):
+            vitkd.nkd_loss(logits, logits, target)
 
 
 def test_nkd_survives_extreme_logits():
