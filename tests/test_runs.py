@@ -505,7 +505,6 @@ WRONG_FOR_VITKD = [
     (["--init", "deit.pth"], r"deit.pth belongs to another model: it has other sizes: cls_token "
      r"\(1, 1, 8\) instead of \(1, 1, 96\)"),
     (["--patch-size", 8], "teacher and student need the same patch size: add --patch-size 4"),
-    (["--teacher", "none", "--teacher-weights", "x.pth"], "--teacher-weights needs the name of "),
     (["--batch-size", "x"], "argument --batch-size: invalid positive_int value: 'x'"),
     (["--epochs"], "argument --epochs: expected one argument"),
     (["extra"], "unrecognized arguments: extra"),
@@ -541,7 +540,9 @@ def wrong_files(teacher, photos, tmp_path_factory):
 
 @pytest.mark.parametrize("script, more, message", [
     *[(script, *case) for case in WRONG for script in SCRIPTS],
-    *[("vitkd", *case) for case in WRONG_FOR_VITKD]])
+    *[("vitkd", *case) for case in WRONG_FOR_VITKD],
+    *[(script, ["--teacher", "none", "--teacher-weights", "x.pth"],
+       "--teacher-weights needs the name of its --teacher") for script in ("vitkd", "dearkd")]])
 def test_wrong_input_is_one_line(
         script, more, message, teacher, wrong_files, tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(wrong_files)
