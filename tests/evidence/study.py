@@ -25,8 +25,7 @@ Teachers:
 Made images: results.jsonl has their commands, in lines "images/...". They are
   - out/study/made-300-0 and made-300-1: DeepInversion and DF-DearKD, from out/study/cifar-cnn;
   - out/study/made-500-0: 500 images of DeepInversion, from the same;
-  - out/study/made-half-1 and made-1000-1: DF-DearKD with 100 of 300 steps at half size, and with
-    1,000 steps, from the same;
+  - out/study/made-half-1: DF-DearKD with the first 100 of 300 steps at half size, from the same;
   - out/study/shapes and noise: controls without inversion;
   - out/study/made0 and made1: DeepInversion and DF-DearKD, from data/cifar_resnet56.pth.
 """
@@ -104,12 +103,12 @@ MADE_IMAGES = (f"{LIGHT} --image-size 32 --batch-size 64 --lr 1e-3 --workers 1 -
 MADE = f"dearkd.py {MADE_IMAGES} --student micro --patch-size 4 {CIFAR_CNN_JPEG}"
 # Both heads learn the CNN's distribution to the end, and labels nothing
 SOFT = "--soft 4 --alpha 1"
-SOFT_500 = f"{MADE} {SOFT} --data-fraction 0.25 --epochs 120 --stage1-epochs 120"
+ALL_500 = f"{MADE} {SOFT} --epochs 120 --stage1-epochs 120"  # of a folder of 500 images
+SOFT_500 = f"{ALL_500} --data-fraction 0.25"
 SOFT_1000 = f"{MADE} {SOFT} --data-fraction 0.5 --epochs 60 --stage1-epochs 60"
 SOFT_2000 = f"{MADE} {SOFT} --epochs 30 --stage1-epochs 30"
 DEEP_INVERSION = f"--data {OUT}/made-300-0"
 DF_DEARKD = f"--data {OUT}/made-300-1"
-FOLDER_OF_500 = f"{MADE} {SOFT} --epochs 120 --stage1-epochs 120"
 FINE_TUNE = (f"{SHORT} {LIGHT} --data data/cifar10 --data-fraction 0.1 --patch-size 8 --epochs 8 "
              "--teacher none")
 TINY_32 = (f"dearkd.py --data data/tiny_imagenet20 --image-size 32 --patch-size 4 {LIGHT} "
@@ -241,7 +240,7 @@ TABLES = {
         "DearKD, one stage": f"{HALF} {CIFAR_CNN_JPEG} --stage1-epochs 4",
         "DearKD, T = 4": f"{HALF} {CIFAR_CNN_JPEG} --soft 4"},
     "made": {  # the CNN's logits alone, one stage
-        "500 images, DeepInversion": f"{FOLDER_OF_500} --data {OUT}/made-500-0",
+        "500 images, DeepInversion": f"{ALL_500} --data {OUT}/made-500-0",
         "500 images, DF-DearKD": f"{SOFT_500} {DF_DEARKD}",
         "1,000 images, DeepInversion": f"{SOFT_1000} {DEEP_INVERSION}",
         "1,000 images, DF-DearKD": f"{SOFT_1000} {DF_DEARKD}",
@@ -250,7 +249,6 @@ TABLES = {
         "2,000 drawn flowers": f"{SOFT_2000} --data {OUT}/shapes",
         "2,000 images of noise": f"{SOFT_2000} --data {OUT}/noise",
         "2,000 real images": f"{SOFT_2000} --data data/cifar10 --data-fraction 0.04",
-        "500 images, DF-DearKD, 1,000 steps": f"{FOLDER_OF_500} --data {OUT}/made-1000-1",
         "2,000 images, DF-DearKD, first 100 steps at half size":
             f"{SOFT_2000} --data {OUT}/made-half-1"},
     "made-training": {  # other ways to train on 2,000 images of DF-DearKD
