@@ -6,8 +6,8 @@ import inspect
 import math
 import re
 import sys
-import time
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -25,12 +25,10 @@ from helpers import (
     plain,
     prefixed,
     records,
-    start,
     student,
 )
 from PIL import Image
 from torch import nn
-from torch.distributed.elastic.utils.distributed import get_free_port
 
 import common
 import dearkd
@@ -964,25 +962,38 @@ def files(folder):
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.png")}
 
 
-def test_a_synthesis_of_two_processes_killed_and_resumed_by_one_ends_with_the_same_files(
-        synthesis, tmp_path):
+def test_an_interrupted_synthesis_is_resumed_to_the_same_files(synthesis, tmp_path, monkeypatch):
     a = tmp_path / "a"
     b = tmp_path / "b"
     main("dearkd", *synthesis, "--synthesize", a)
-    meeting = {"MASTER_ADDR": "localhost", "MASTER_PORT": str(get_free_port()), "WORLD_SIZE": "2"}
-    processes = [start("dearkd.py", *synthesis, "--synthesize", b, RANK=rank, LOCAL_RANK=rank,
-                       **meeting) for rank in "01"]
-    while len(files(b)) < 12:  # a whole batch, and a part of the other process's
-        assert all(process.poll() is None for process in processes), processes[0].communicate()
-        time.sleep(0.01)
-    for process in processes:
-        process.kill()
-        process.communicate()
-    assert files(b).keys() < files(a).keys()
-    next(b.glob("train/*/*.png")).unlink()  # as if killed within a batch
+    synthesize = dearkd.synthesize
+    calls = []
+
+    def interrupted(*inputs, **settings):
+        calls.append(0)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return synthesize(*inputs, **settings)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(dearkd, "synthesize", interrupted)
+        main("dearkd", *synthesis, "--synthesize", b)
+    assert len(files(b)) == 8 + 1  # and preview.png
+    next(b.glob("train/*/*.png")).unlink()  # as if stopped within a batch
     main("dearkd", *synthesis, "--synthesize", b, "--resume")
     assert files(b) == files(a)
-    assert len(files(a)) == 24 + 1  # and preview.png
+    assert len(files(a)) == 24 + 1
+
+
+def test_a_kill_while_an_image_is_written_leaves_none(synthesis, tmp_path, monkeypatch):
+    def half(pixels, path, **options):
+        Path(path).write_bytes(b"half an image")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(dearkd, "save_image", half)
+    with pytest.raises(KeyboardInterrupt):
+        main("dearkd", *synthesis, "--synthesize", tmp_path / "made")
+    assert list(tmp_path.rglob("*.png")) == []
 
 
 def test_a_resumed_synthesis_notices_flags_left_out(synthesis, tmp_path):

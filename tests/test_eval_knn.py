@@ -7,7 +7,7 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
-from helpers import error_of, run
+from helpers import error_of
 from torch.utils.data import TensorDataset
 from torchvision import datasets
 
@@ -211,16 +211,6 @@ def test_bad_images_in_a_folder_are_left_out(weights, photos, tmp_path, capfd):
         assert err.count("unreadable image") == (2 if name == "bad" else 0)
         found.append([line for line in out.splitlines() if line.startswith("k-NN")])
     assert found[0] == found[1] and len(found[0]) == 4
-
-
-def test_two_processes_print_what_one_prints(weights, photos, capsys):
-    words = ["--weights", weights / "attndistill.pth", "--data", photos, "--workers", 0, "--amp",
-             "off", "--batch-size", 8, "--linear"]
-    two, _ = run("torchrun", "--nproc_per_node", 2, "eval_knn.py", *words)
-    main(*words)
-    one = capsys.readouterr().out
-    assert one.splitlines()[1:] == two.splitlines()[1:]
-    assert "k = 200" in one and "linear probe" in one
 
 
 def test_wrong_input_is_one_line(tmp_path, weights, photos):

@@ -8,13 +8,28 @@ import re
 import shutil
 import sys
 import time
+from contextlib import nullcontext
 
 import pytest
 import torch
-from helpers import ROOT, SCRIPTS, error_of, flags, main, records, run, start, student
+from helpers import (
+    ROOT,
+    SCRIPTS,
+    cnn_beside,
+    error_of,
+    flags,
+    main,
+    records,
+    run,
+    start,
+    student,
+)
 from torch.distributed.elastic.utils.distributed import get_free_port
 
+import attndistill
 import common
+import dearkd
+import eval_knn
 import vitkd
 
 TERMS = {"vitkd": ["ce", "mimicking", "generation", "nkd"],
@@ -26,15 +41,14 @@ RANDOM = "--mixup 0.8 --cutmix 1 --rand-augment 9 --random-erasing 0.25".split()
 
 
 def random_flags(script):
-    own = {"vitkd": [*RANDOM, "--drop-path", 0.2, "--ema-decay", 0.9], "dearkd": RANDOM}
-    return own.get(script, [])
+    return [] if script == "attndistill" else [*RANDOM, "--drop-path", 0.2, "--ema-decay", 0.9]
 
 
 # ------------------------------------------------------------------ a run and its files
 
 
 def test_a_student_knows_its_classes_and_image_size(photos, teacher, tmp_path, capsys):
-    alone = ["--teacher", "none", "--epochs", 1]
+    alone = ["--teacher", "none", "--epochs", 1, "--data-fraction", 0.2]
     main("vitkd", *flags("vitkd", teacher, tmp_path / "vit", "--data", photos, *alone))
     path = tmp_path / "vit" / "student.pth"
     trained_on = common.load_checkpoint(path)["trained_on"]
@@ -44,7 +58,8 @@ def test_a_student_knows_its_classes_and_image_size(photos, teacher, tmp_path, c
     shutil.copytree(photos, tmp_path / "photos")
     for split in ("train", "val"):
         (tmp_path / "photos" / split / "bee").rename(tmp_path / "photos" / split / "wasp")
-    other = ["--data", tmp_path / "photos", "--image-size", 32, "--epochs", 1, "--teacher"]
+    other = ["--data", tmp_path / "photos", "--image-size", 32, "--epochs", 1, "--data-fraction",
+             0.2, "--teacher"]
     classes = f"WARNING: {path} learned the classes ant, bee, cat; here they are ant, cat, wasp"
     size = f"{path} learned from images of 16 px, here they have 32"
     main("vitkd", *flags("vitkd", teacher, tmp_path / "again", *other, path, "--init", path))
@@ -64,7 +79,8 @@ def test_a_student_knows_its_classes_and_image_size(photos, teacher, tmp_path, c
 def test_a_run_and_what_it_leaves(script, teacher, tmp_path, capsys):
     teacher_before = teacher.read_bytes()
     own = ["--stage1-epochs", 3] if script == "dearkd" else []
-    words = flags(script, teacher, tmp_path / "run", "--epochs", 3, "--log-every", 5, *own)
+    words = flags(script, teacher, tmp_path / "run", "--epochs", 3, "--log-every", 5,
+                  "--weight-decay", 0.3, *own)
     main(script, *words)
     lines = capsys.readouterr().out.splitlines()
     log = records(tmp_path / "run")
@@ -99,8 +115,13 @@ def test_a_run_and_what_it_leaves(script, teacher, tmp_path, capsys):
         assert record["lr"] == pytest.approx(
             common.learning_rate(record["epoch"], *schedule), abs=1e-9)
 
-    groups = common.load_checkpoint(tmp_path / "run" / "last.pth")["optimizer"]["param_groups"]
-    assert {group["lr"] for group in groups} == {log[-1]["lr"]}  # the optimiser has this rate, too
+    # Its optimiser: the last rate, the weight decay, and a moment for each parameter
+    last = common.load_checkpoint(tmp_path / "run" / "last.pth")
+    groups = last["optimizer"]["param_groups"]
+    assert {group["lr"] for group in groups} == {log[-1]["lr"]}
+    assert [group["weight_decay"] for group in groups] == [0.3, 0]
+    moments = [tensors["exp_avg"].numel() for tensors in last["optimizer"]["state"].values()]
+    assert sum(moments) == sum(tensor.numel() for tensor in last["model"].values())
 
     # Its files
     assert {path.name for path in (tmp_path / "run").iterdir()} == {
@@ -155,17 +176,18 @@ def interrupt(script, words, last, monkeypatch):
     ("vitkd", kill), ("attndistill", interrupt), ("dearkd", interrupt)])
 def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
         script, stop, teacher, tmp_path, monkeypatch):
-    words = flags(script, teacher, tmp_path / "a", "--epochs", 3, "--workers", 2,
-                  "--data-fraction", 0.5, *random_flags(script))
+    words = flags(script, teacher, tmp_path / "a", "--epochs", 3, "--data-fraction", 0.5,
+                  *random_flags(script))
     main(script, *words)
     words[words.index("--out") + 1] = str(tmp_path / "b")
-    stop(script, words, tmp_path / "b" / "last.pth", monkeypatch)
+    stop(script, [*words, "--workers", "2"], tmp_path / "b" / "last.pth", monkeypatch)
     done = len(common.load_checkpoint(tmp_path / "b" / "last.pth")["log"])
     assert 1 <= done < 3
-    main(script, *words, "--resume", "--workers", 0, "--eval-every", 2)
+    main(script, *words, "--resume", "--eval-every", 2)
     a, b = (common.load_checkpoint(tmp_path / name / "last.pth") for name in "ab")
     parts = a.keys() - {"args", "log"}
-    assert {"model", "optimizer"} <= parts
+    averages = set() if script == "attndistill" else {"ema"}
+    assert parts == {"model", "optimizer", "scaler"} | averages
     for name in parts:
         assert torch.equal(flat(a[name]), flat(b[name])), name
     for record, other in zip(a["log"], b["log"], strict=True):
@@ -177,26 +199,31 @@ def test_stopped_and_resumed_equals_uninterrupted_bit_for_bit(
 
 # ------------------------------------------------------------------ several processes
 
-# argv: JSON of runs, each [script, port where its processes meet, two losses become NaN, flags]
+# argv: JSON of runs, {name: [script, port where its processes meet, two losses become NaN, flags]}
 PROGRAM = """
 import importlib, json, os, sys, warnings
 warnings.simplefilter("ignore", FutureWarning)  # of a torch that is newer than this project
 import common
 
-for name, port, bad, words in json.loads(sys.argv[1]):
-    script = importlib.import_module(name)
-    forward, calls = script.Distillation.forward, []
+for name, (script, port, bad, words) in json.loads(sys.argv[1]).items():
+    module = importlib.import_module(script)
+    if os.environ["RANK"] == "0":
+        print("run:", name, flush=True)
+    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
+    sys.argv[0] = f"{script}.py"
+    if not bad:
+        module.main(words)
+        continue
+    forward, calls = module.Distillation.forward, []
 
     def with_nan(self, *inputs):
         calls.append(0)
-        factor = float("nan") if bad and common.rank() == 1 and len(calls) in (3, 4) else 1
+        factor = float("nan") if common.rank() == 1 and len(calls) in (3, 4) else 1
         return {name: loss * factor for name, loss in forward(self, *inputs).items()}
 
-    script.Distillation.forward = with_nan
-    os.environ.update(MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
-    sys.argv[0] = f"{name}.py"
-    script.main(words)
-    script.Distillation.forward = forward
+    module.Distillation.forward = with_nan
+    module.main(words)
+    module.Distillation.forward = forward
 """
 
 
@@ -207,23 +234,48 @@ def one_step(script, teacher, out, *more):
                  "--clip-grad", 0, *own, *more)
 
 
+def knn_flags(teacher, photos):
+    return ["--weights", teacher, "--data", photos, "--workers", 0, "--amp", "off", "--batch-size",
+            8, "--linear"]
+
+
+def cnn_flags(teacher, out):
+    return flags("dearkd", teacher, out, "--train-teacher", "cifar_resnet20", "--epochs", 1)
+
+
+def synthesis_flags(teacher, out):
+    """Flags of a synthesis of 30 images of 10 classes in three batches."""
+    return ["--teacher", cnn_beside(teacher), "--image-size", 16, "--images-per-class", 3,
+            "--images-per-batch", 10, "--amp", "off", "--steps", 3, "--synthesize", out]
+
+
 @pytest.fixture(scope="module")
-def two_processes(request, teacher, tmp_path_factory):
-    """A folder with a run SCRIPT and a run SCRIPT-nan of two processes for each script."""
+def two_processes(teacher, photos, tmp_path_factory):
+    """A folder with what two processes left: a folder for each run below, stdout.txt, stderr.txt.
+
+    SCRIPT is one step. In SCRIPT-nan, of two epochs, the second process has two bad steps.
+    """
     folder = tmp_path_factory.mktemp("two")
-    (folder / "program.py").write_text(PROGRAM)
-    selected = {item.callspec.params["script"] for item in request.session.items
-                if {"two_processes", "script"} <= set(item.fixturenames)}
-    runs = []
-    for script in sorted(selected):
+    runs = {}
+    for script in SCRIPTS:
         clean = one_step(script, teacher, folder / script, "--accum", 2)
         bad = flags(script, teacher, folder / f"{script}-nan", "--data-fraction", 0.5)
-        runs += [(script, get_free_port(), 0, clean), (script, get_free_port(), 1, bad)]
-    wrong = flags("vitkd", teacher, folder / "wrong", "--batch-size", 15)
-    runs.append(("vitkd", get_free_port(), 0, wrong))  # ends the processes
-    out, err = run("torchrun", "--nproc_per_node", 2, folder / "program.py", json.dumps(runs),
+        if script == "dearkd":
+            bad += ["--stage1-epochs", 1]
+        runs[script] = (script, 0, clean)
+        runs[f"{script}-nan"] = (script, 1, bad)
+    runs["cnn"] = ("dearkd", 0, cnn_flags(teacher, folder / "cnn"))
+    runs["made"] = ("dearkd", 0, synthesis_flags(teacher, folder / "made"))
+    runs["knn"] = ("eval_knn", 0, knn_flags(teacher, photos))
+    # The last one ends the processes
+    runs["wrong"] = ("vitkd", 0, flags("vitkd", teacher, folder / "wrong", "--batch-size", 15))
+    with_ports = {name: (script, get_free_port(), bad, [str(word) for word in words])
+                  for name, (script, bad, words) in runs.items()}
+    (folder / "program.py").write_text(PROGRAM)
+    out, err = run("torchrun", "--nproc_per_node", 2, folder / "program.py", json.dumps(with_ports),
                    PYTHONPATH=str(ROOT), status=1)
     assert out.count("2 process(es)") == len(runs), err  # the first process alone prints
+    (folder / "stdout.txt").write_text(out)
     (folder / "stderr.txt").write_text(err)
     return folder
 
@@ -252,9 +304,43 @@ def test_processes_and_chunks_give_the_gradient_of_one_batch(
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_nan_on_one_rank_is_skipped_by_all(script, two_processes):
     out = two_processes / f"{script}-nan"
-    assert [record["skipped_steps"] for record in records(out)] == [2, 0]
-    assert all(record[term] > 0 for record in records(out) for term in TERMS[script])
+    first, second = records(out)
+    assert [first["skipped_steps"], second["skipped_steps"]] == [2, 0]
+    assert all(first[term] > 0 for term in TERMS[script])
+    # dearkd.py's second epoch is stage 2: without the CNN, and the aligners are not trained
+    assert all(second[term] > 0 for term in (["ce"] if script == "dearkd" else TERMS[script]))
     assert all(value.isfinite().all() for value in student(out).values())
+
+
+def test_two_processes_train_a_cnn_with_one_statistic(teacher, two_processes):
+    """What both measured together is what one process measures with the saved CNN."""
+    record, = records(two_processes / "cnn")
+    cnn = dearkd.load_teacher(str(two_processes / "cnn" / "student.pth"), None, 10)
+    _, images = common.load_data(teacher.with_name("shapes"), None, 16)
+    val_set = common.Images(images, range(len(images)), common.val_transform(16))
+    top1 = common.evaluate(cnn, common.val_loader(val_set, 8, 0), torch.device("cpu"),
+                           nullcontext())
+    assert record["top1"] == pytest.approx(top1)
+    assert record["skipped_steps"] == 0
+
+
+def test_two_processes_make_the_images_of_one(teacher, two_processes, tmp_path):
+    main("dearkd", *synthesis_flags(teacher, tmp_path / "made"))
+    ours = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*.png")}
+    assert len(ours) == 30 + 1  # and preview.png
+    for path, content in ours.items():
+        assert (two_processes / path).read_bytes() == content
+    assert len(list((two_processes / "made").rglob("*.png"))) == len(ours)
+
+
+def test_two_processes_print_the_knn_of_one(teacher, photos, two_processes, capsys):
+    main("eval_knn", *knn_flags(teacher, photos))
+    _, *one = capsys.readouterr().out.splitlines()  # the first line says how many processes
+    sections = (two_processes / "stdout.txt").read_text().split("run: ")
+    section, = [section for section in sections if section.startswith("knn\n")]
+    _, _, *two = section.splitlines()
+    assert one == two
+    assert "k = 200" in "".join(one) and "linear probe" in one[-1]
 
 
 def test_several_processes_write_one_line_about_wrong_input_and_no_warning(two_processes):
@@ -264,6 +350,15 @@ def test_several_processes_write_one_line_about_wrong_input_and_no_warning(two_p
     ours = err.partition("vitkd.py: error: ")[0]  # torchrun's own report follows
     assert "Traceback" not in ours
     assert "Warning" not in ours
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_gradient_is_clipped(script, teacher, tmp_path):
+    """After one step AdamW's first moment is a tenth of the gradient."""
+    main(script, *one_step(script, teacher, tmp_path, "--clip-grad", 1e-3))
+    states = common.load_checkpoint(tmp_path / "last.pth")["optimizer"]["state"].values()
+    moments = torch.cat([tensors["exp_avg"].flatten() for tensors in states])
+    assert moments.norm().item() == pytest.approx(1e-4, rel=1e-3)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -300,15 +395,17 @@ def test_resume_refuses_other_settings_and_finished_runs_stay(teacher, tmp_path)
     assert error_of("vitkd", *words, "--resume", "--lr", 0.5, "--no-nkd") == (
         f"{last} was written with other settings: no_nkd True, before False; lr 0.5, before 0.001. "
         f"For other settings start a new run in another folder, perhaps with --init {tmp_path}/run/student.pth")
-    before = last.read_bytes(), student(tmp_path / "run")
+    before = last.read_bytes()
     main("vitkd", *words, "--resume", "--workers", 2)  # finished: nothing is left to do
-    assert last.read_bytes() == before[0]
+    assert last.read_bytes() == before
     assert len(records(tmp_path / "run")) == 1
     # Of another script, of another project, and a part of one
-    for content in ({"args": {"beta": 1}}, {"args": argparse.Namespace(lr=1)}, {"epoch": 1}, []):
+    torch.save({"args": {"beta": 1}}, last)
+    assert error_of("vitkd", *words, "--resume").startswith(f"{last} was written with other settin")
+    for content in ({"args": argparse.Namespace(lr=1)}, {"epoch": 1}, []):
         torch.save(content, last)
-        assert error_of("vitkd", *words, "--resume").startswith(f"{last} was ")
-    last.write_bytes(before[0][:1000])
+        assert error_of("vitkd", *words, "--resume") == f"{last} was not written by these scripts"
+    last.write_bytes(before[:1000])
     assert error_of("vitkd", *words, "--resume").startswith(f"{last} is not a file of weights")
 
 
@@ -348,30 +445,45 @@ def test_init_starts_from_a_student_at_any_size_with_a_new_head(script, photos, 
         assert ("head.weight" in tuned) == (script != "attndistill")
 
 
+@pytest.mark.parametrize("script", [*SCRIPTS, "dearkd --train-teacher"])
+def test_epochs_have_new_order_and_new_crops(script, teacher, tmp_path, monkeypatch):
+    """The loader draws its items in an order, and each item at an epoch."""
+    script, *more = script.split()
+    more += ["cifar_resnet20"] if more else []
+    get_item = common.Images.__getitem__
+    seen = []
+
+    def spy(self, i):
+        if self.replace_unreadable:  # a training image
+            seen.append((i, self.epoch))
+        return get_item(self, i)
+
+    monkeypatch.setattr(common.Images, "__getitem__", spy)
+    main(script, *flags(script, teacher, tmp_path, "--data-fraction", 0.2, "--batch-size", 15,
+                        *more))
+    assert [epoch for _, epoch in seen] == [0] * 30 + [1] * 30
+    first, second = ([i for i, epoch in seen if epoch == number] for number in (0, 1))
+    assert sorted(first) == sorted(second) == list(range(30))
+    assert list(range(30)) != first != second
+
+
 @pytest.mark.parametrize("script", ["vitkd", "dearkd"])
-def test_epochs_have_new_order_and_crops_and_the_moving_average_is_saved(
-        script, teacher, tmp_path, monkeypatch):
+def test_the_moving_average_is_saved(script, teacher, tmp_path, monkeypatch):
     module = importlib.import_module(script)
     forward = module.Distillation.forward
     seen = []
 
-    def spy(self, images, target, features):
-        seen.append((images, target, self.student.norm.bias.detach().clone()))
-        return forward(self, images, target, features)
+    def spy(self, *inputs):
+        seen.append(self.student.norm.bias.detach().clone())
+        return forward(self, *inputs)
 
     monkeypatch.setattr(module.Distillation, "forward", spy)
     main(script, *flags(script, teacher, tmp_path, "--teacher", "none", "--ema-decay", 0.5,
                         "--data-fraction", 0.5))
-    first, second = seen[:5], seen[5:]
-    labels = [torch.cat([target for _, target, _ in epoch]) for epoch in (first, second)]
-    pixels = [sum(images.double().sum() for images, _, _ in epoch) for epoch in (first, second)]
-    assert torch.equal(labels[0].bincount(), labels[1].bincount())  # the same images
-    assert not torch.equal(*labels)
-    assert abs(pixels[0] - pixels[1]) > 1
 
     # The mean of the weights after each of 10 steps, by its definition
     last = common.load_checkpoint(tmp_path / "last.pth")["model"]["student.norm.bias"]
-    after_steps = [*(weights for _, _, weights in seen[1:]), last]
+    after_steps = [*seen[1:], last]
     mean = after_steps[0].double()
     for n, weights in enumerate(after_steps[1:], start=1):
         decay = min(0.5, (1 + n) / (10 + n))
@@ -380,9 +492,10 @@ def test_epochs_have_new_order_and_crops_and_the_moving_average_is_saved(
     assert (saved - mean).norm() < 1e-4 * (last - mean).norm()
 
 
-def test_deit_b_has_its_own_defaults_and_the_rate_follows_the_batch():
+@pytest.mark.parametrize("module", [vitkd, dearkd])
+def test_deit_b_has_its_own_defaults_and_the_rate_follows_the_batch(module):
     def parsed(*words):
-        args = vitkd.parse_args(words)
+        args = module.parse_args(words)
         return args.drop_path, args.ema_decay, args.lr
 
     assert parsed() == (0.0, 0.0, 1e-3)
@@ -393,13 +506,21 @@ def test_deit_b_has_its_own_defaults_and_the_rate_follows_the_batch():
     assert parsed("--batch-size", "256", "--lr", "0.1")[2] == 0.1
 
 
-def test_every_flag_is_explained(capsys):
+def test_attndistills_rate_follows_the_batch():
+    assert attndistill.parse_args([]).lr == 2.4e-3
+    assert attndistill.parse_args(["--batch-size", "1024"]).lr == 1.2e-3
+    assert attndistill.parse_args(["--batch-size", "1024", "--lr", "0.1"]).lr == 0.1
+
+
+@pytest.mark.parametrize("module, number", [
+    (vitkd, 38), (attndistill, 25), (dearkd, 52), (eval_knn, 9)])
+def test_every_flag_is_explained(module, number, capsys):
     with pytest.raises(SystemExit) as end:
-        vitkd.parse_args(["--help"])
+        module.parse_args(["--help"])
     assert end.value.code == 0
     text = capsys.readouterr().out
     blocks = re.split(r"\n  (?=--)", text)[1:]
-    assert len(blocks) >= 38
+    assert len(blocks) >= number
     for block in blocks:
         assert len(block.split("\n\n")[0].split()) >= 4, block  # the flag, and words about it
     assert "None" not in text and "False" not in text
@@ -446,7 +567,7 @@ def test_alpha_and_beta_keep_the_papers_weight_of_an_element(teacher, tmp_path, 
         return student_deep.sum() * 0, student_deep.sum() * 0
 
     monkeypatch.setattr(vitkd.ViTKDLoss, "forward", spy)
-    main("vitkd", *flags("vitkd", teacher, tmp_path, "--epochs", 1))
+    main("vitkd", *flags("vitkd", teacher, tmp_path, "--epochs", 1, "--data-fraction", 0.1))
     scale = 196 * 384 / (16 * 48)  # to 16 tokens of width 48
     assert seen == pytest.approx({"alpha": 3e-5 * scale, "beta": 3e-6 * scale})
 
