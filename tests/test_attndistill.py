@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from helpers import SMALL, TINY, error_of, float64_vit, plain, prefixed, records
 from PIL import Image
+from torchvision.models import vit_b_16, vit_l_16
 
 import attndistill
 import common
@@ -157,6 +158,71 @@ def test_flags_of_several_scripts_have_the_same_help():
 
 
 # ------------------------------------------------------------------ the teacher
+
+
+def test_the_sizes_are_those_of_the_published_models():
+    with torch.device("meta"):
+        published = {"b": vit_b_16(), "l": vit_l_16()}
+    for script, prefix in ((vitkd, "deit"), (attndistill, "vit"), (dearkd, "deit")):
+        for letter, model in published.items():
+            if f"{prefix}_{letter}" in script.SIZES:
+                attention = model.encoder.layers[0].self_attention
+                assert script.SIZES[f"{prefix}_{letter}"] == {
+                    "dim": model.hidden_dim, "depth": len(model.encoder.layers),
+                    "num_heads": attention.num_heads}
+        for name, size in script.SIZES.items():
+            if name != "micro":
+                assert size["dim"] == 64 * size["num_heads"]
+
+
+@pytest.mark.parametrize("script", [vitkd, attndistill])
+def test_teachers_of_a_family_differ_in_size_and_file_alone(script):
+    families = {}
+    for name, row in script.TEACHERS.items():
+        family, letter, variant = re.fullmatch(r"(\w+?)_([tsbl])\d*(_reg|_sat|)", name).groups()
+        assert row["size"].endswith(f"_{letter}")
+        if row.get("file"):
+            words = {"t": "tiny|vitt", "s": "small|vits", "b": "base|vitb", "l": "large|vitl"}
+            assert re.search(words[letter], row["file"])
+            assert ("reg4" in row["file"]) == (variant == "_reg")
+        settings = {key: value for key, value in row.items() if key not in ("size", "file")}
+        if name == "moco_s16":
+            assert settings.pop("vit") == {"num_heads": 12}
+        families.setdefault(family + variant, []).append(settings)
+    for family, settings in families.items():
+        assert all(row == settings[0] for row in settings), family
+    resizes = {family: rows[0].get("resize") for family, rows in families.items()}
+    if script is attndistill:
+        assert resizes == {
+            "dino": "tenth", "dinov2": "tenth", "dinov2_reg": "antialiased", "ibot": "tenth",
+            "mugs": "tenth", "dinov3": None, "dinov3_sat": None, "moco": None, "augreg": None,
+            "vit": None}
+
+
+@pytest.mark.parametrize("script, name, address, content", [
+    ("vitkd", "deit_t", "deit/deit_tiny_patch16_224-a1311bcf.pth", None),
+    ("vitkd", "deit3_s", "deit/deit_3_small_224_21k.pth", None),
+    ("attndistill", "dino_s8", "dino/dino_deitsmall8_pretrain/dino_deitsmall8_pretrain.pth", None),
+    ("attndistill", "dinov2_s14_reg", "dinov2/dinov2_vits14/dinov2_vits14_reg4_pretrain.pth",
+     "DINOv2 with registers")])
+def test_a_teacher_without_a_file_is_the_download_of_its_authors(
+        script, name, address, content, tmp_path, monkeypatch):
+    """The addresses are the authors'. Here the file lies where a download would leave it."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    path = tmp_path / "hub" / "checkpoints" / "dl.fbaipublicfiles.com" / address
+    path.parent.mkdir(parents=True)
+    weights = plain() if content is None else released_file(content)[1]
+    size = 224
+    if script == "vitkd":
+        monkeypatch.setitem(vitkd.SIZES, vitkd.TEACHERS[name]["size"], SMALL)
+        weights = {**weights, "head.weight": torch.randn(9, 48), "head.bias": torch.randn(9)}
+        torch.save(weights, path)
+        teacher = vitkd.load_teacher(name, None, 9, size)
+    else:
+        monkeypatch.setitem(attndistill.SIZES, "vit_s", SMALL)
+        torch.save(weights, path)
+        teacher = attndistill.load_teacher(name, None, size)
+    assert torch.equal(teacher.cls_token, weights["cls_token"])
 
 
 def normalize(pixels, mean, std):
@@ -365,19 +431,33 @@ def main(*words):
     attndistill.main([str(word) for word in words])
 
 
-@pytest.mark.parametrize("lambda_a", ["0", "0.1"])
-def test_a_run_measures_knn_of_student_and_teacher(lambda_a, teacher, photos, tmp_path, capsys):
-    main(*TINY, "--data", photos, "--teacher", teacher, "--epochs", 3, "--eval-every", 2,
-         "--lambda-a", lambda_a, "--out", tmp_path)
+def test_a_run_measures_knn_of_student_and_teacher(teacher, photos, tmp_path, capsys, monkeypatch):
+    evaluate = eval_knn.evaluate
+    widths = []
+
+    def remember(model, *others, **settings):
+        widths.append(model.cls_token.shape[2])
+        return evaluate(model, *others, **settings)
+
+    monkeypatch.setattr(eval_knn, "evaluate", remember)
+    main(*TINY, "--data", photos, "--teacher", teacher, "--epochs", 3, "--eval-every", 2, "--out",
+         tmp_path)
     log = records(tmp_path)
     assert log[-1]["alignment"] < log[0]["alignment"]
-    assert all(("guidance" in record) == (lambda_a != "0") for record in log)
     assert ["knn20" in record for record in log] == [False, True, True]
     assert ["teacher_knn20" in record for record in log] == [False, False, True]
+    assert widths == [96, 96, 48]  # the student twice, then the teacher
     # The k-NN of training is eval_knn.py's
     eval_knn.main(["--weights", f"{tmp_path}/student.pth", "--data", str(photos), "--workers", "0",
                    "--amp", "off", "--batch-size", "16"])
     assert f"k = 20   top-1 {log[-1]['knn20']:6.2f} %" in capsys.readouterr().out
+
+
+def test_without_guidance_there_is_alignment_alone():
+    student, teacher = sharp_vit(), sharp_vit()
+    model = attndistill.Distillation(student, attndistill.projector(24, 24), lambda_a=0)
+    images = torch.randn(2, 3, 20, 20)
+    assert model(images, teacher.class_token_and_attention(images)).keys() == {"alignment"}
 
 
 def test_the_loss_is_both_terms_and_reaches_every_parameter():

@@ -559,6 +559,48 @@ def flat_features(vit, images):
     return *shallow, deep, logits
 
 
+@pytest.mark.parametrize("script, more, expected", [
+    ("vitkd", "--gamma 0.7 --no-nkd --label-smoothing 0.3 --mask-ratio 0.25 --drop-path 0.2",
+     {"gamma": 0.7, "nkd": False, "label_smoothing": 0.3, "vitkd_loss.mask_ratio": 0.25,
+      "student.blocks.5.drop_path.p": 0.2}),
+    ("attndistill", "--lambda-a 0.7", {"lambda_a": 0.7}),
+    ("dearkd", "--alpha 0.25 --beta 3 --label-smoothing 0.3 --soft 2 --hints 1:1 --mhca-blocks 2 "
+     "--pos-dropout 0.4 --drop-path 0.2",
+     {"alpha": 0.25, "beta": 3.0, "label_smoothing": 0.3, "soft": 2.0,
+      "student.blocks.1.attn.pos_dropout": 0.4, "student.blocks.5.drop_path.p": 0.2})])
+def test_flags_reach_the_loss_the_student_and_the_images(
+        script, more, expected, teacher, tmp_path, monkeypatch):
+    seen = {}
+    make_transform = common.train_transform
+
+    def remember(*settings):
+        seen["images"] = settings
+        return make_transform(*settings)
+
+    def first_step(self, images, *others):
+        seen["model"] = self
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(common, "train_transform", remember)
+    monkeypatch.setattr(importlib.import_module(script).Distillation, "forward", first_step)
+    more += " --crop-scale 0.6"
+    settings = (16, (0.6, 1.0))
+    if script != "attndistill":
+        more += " --rand-augment 3 --random-erasing 0.4"
+        settings += (3, 0.4)
+    with pytest.raises(KeyboardInterrupt):
+        main(script, *flags(script, teacher, tmp_path, *more.split()))
+    assert seen["images"] == settings
+    found = {}
+    for path in expected:
+        *parts, name = path.split(".")
+        found[path] = getattr(seen["model"].get_submodule(".".join(parts)), name)
+    assert found == expected
+    if script == "dearkd":
+        kinds = [type(block.attn) for block in seen["model"].student.blocks]
+        assert kinds == [dearkd.ConvAttention] * 2 + [dearkd.Attention] * 4
+
+
 def test_alpha_and_beta_keep_the_papers_weight_of_an_element(teacher, tmp_path, monkeypatch):
     seen = {}
 
@@ -587,8 +629,12 @@ def test_a_teacher_worse_than_the_papers_student_is_warned_of(
          tmp_path / "teacher.pth", "--epochs", 1, "--batch-size", 10, "--workers", 0, "--amp",
          "off", "--rand-augment", 0, "--out", tmp_path / "out")
     out = capsys.readouterr().out
-    assert re.search(rf"\nteacher {tmp_path}/teacher.pth: top-1 \d+\.\d % on the validation images",
-                     out)
+    measured = common.evaluate(
+        vitkd.load_teacher(str(tmp_path / "teacher.pth"), None, 1000, 4),
+        common.val_loader(common.Images(val, range(10), common.val_transform(4)), 10, 0),
+        torch.device("cpu"), nullcontext())
+    assert (f"\nteacher {tmp_path}/teacher.pth: top-1 {measured:.1f} % on the validation images"
+            in out)
     warning = "\nWARNING: that is less than deit_t reaches without a teacher, 74.42 % (paper)\n"
     assert (warning in out) == (name == "deit_t")
     assert out.count("WARNING") == out.count(warning)
