@@ -713,15 +713,6 @@ def test_only_the_loaders_seconds_count_as_waiting(clock):
     assert seen == list("abcd") and batches.steps == 4
 
 
-def test_a_sleeping_loader_is_seen():
-    """The same on the real clock."""
-    loader = (time.sleep(0.05) for _ in range(4))
-    batches = common.TimedBatches(loader, epoch=0, epochs=1, batch_size=1)
-    for _ in batches:
-        time.sleep(0.15)
-    assert 0.2 <= batches.seconds_waiting < 0.5
-
-
 def test_a_progress_line_says_where_the_run_is_and_how_fast(clock, capsys):
     batches = common.TimedBatches(SlowLoader(clock), epoch=1, epochs=3, batch_size=20)
     for _ in batches:

@@ -55,7 +55,7 @@ def test_every_mean_with_a_deviation_is_in_the_results(file):
 def test_a_run_that_reads_its_teachers_outputs_trains_the_same_student(
         script, teacher, tmp_path, monkeypatch):
     def words(name):
-        return flags(script, teacher, tmp_path / name, "--epochs", 1)
+        return flags(script, teacher, tmp_path / name, "--epochs", 1, "--data-fraction", 0.3)
 
     main(script, *words("plain"))
 
@@ -67,7 +67,7 @@ def test_a_run_that_reads_its_teachers_outputs_trains_the_same_student(
     written = {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     cached_teacher.main(cache, f"{script}.py", words("reads"))
 
-    assert len(written) >= 10  # steps
+    assert len(written) >= 3  # steps
     assert written == {path: path.stat().st_mtime_ns for path in cache.iterdir()}
     expected = student(tmp_path / "plain")
     for run in ("writes", "reads"):

@@ -26,7 +26,6 @@ from helpers import (
     SMALL,
     TINY,
     error_of,
-    flags,
     float64_vit,
     main,
     plain,
@@ -1049,10 +1048,3 @@ def test_nothing_readable_is_one_line(photos, tmp_path):
         else:
             assert message == "no validation image can be read"
         assert not (tmp_path / "out" / where / "student.pth").exists()
-
-
-def test_a_teacher_of_other_classes_is_one_line(teacher, photos, tmp_path):
-    message = error_of("vitkd", *flags("vitkd", teacher, tmp_path, "--data", photos))
-    assert message == (
-        "the teacher has 10 classes, the data 3: see 'An ImageNet teacher for some of its classes' "
-        "in README.md")
