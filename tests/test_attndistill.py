@@ -416,6 +416,8 @@ def test_wrong_teachers_say_what_is_wrong(tmp_path, monkeypatch):
             ("dinov3_s16", plain(), 224, "has a position embedding, so it is not a DINOv3"),
             ("dinov3_s16", registers, 224, "has a position embedding, so it is not a DINOv3"),
             ("vit_s16", distilled, 224, "it has unexpected dist_token"),
+            ("vit_s16", {**plain(), "patch_embed.proj.weight": torch.zeros(48, 1, 16, 16)}, 224,
+             "patch_embed.proj must be a convolution of RGB images with a bias"),
             ("vit_s16", {"fc.weight": torch.zeros(1)}, 224, "no network .* names are fc.weight")):
         weights = None
         if content is not None:
@@ -583,3 +585,5 @@ def test_visualize_draws_image_teacher_and_student_at_the_students_size(
     attn = vit.class_token_and_attention(image)[1][0, 2, 1:]
     assert picture[36:68:4, 308:340:4].argmax() == attn.argmax()  # the last map
     assert "no.jpg" in error_of("attndistill", "--visualize", "no.jpg", *words)
+    nowhere = error_of("attndistill", "--visualize", "no.jpg", *words, "--out", "nowhere")
+    assert nowhere == "there is no nowhere/student.pth: give --out of a run to --visualize"

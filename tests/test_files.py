@@ -478,6 +478,11 @@ def test_a_download_that_fails_says_so(tmp_path, monkeypatch):
     with pytest.raises(common.InputError) as error:
         common.load_checkpoint("https://127.0.0.1:9/x.pth")
     assert str(error.value) == f"{page} is a web page: the download went wrong"
+    page.write_bytes(b"a part of the file")
+    with pytest.raises(common.InputError) as error:
+        common.load_checkpoint("https://127.0.0.1:9/x.pth")
+    assert str(error.value).startswith(f"{page} {DAMAGED}")
+    assert str(error.value).endswith("). Delete it, and it will be downloaded again")
 
 
 def renamed(weights, old, new):
