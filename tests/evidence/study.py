@@ -25,7 +25,7 @@ Teachers:
 Made images: results.jsonl has their commands, in lines "images/...". They are
   - out/study/made-300-0 and made-300-1: DeepInversion and DF-DearKD, from out/study/cifar-cnn;
   - out/study/made-500-0: 500 images of DeepInversion, from the same;
-  - out/study/made-half-1: DF-DearKD with the first 100 of 300 steps at half size, from the same;
+  - out/study/made-half-1: 1,000 of DF-DearKD, the first 100 of 300 steps at half size;
   - out/study/shapes and noise: controls without inversion;
   - out/study/made0 and made1: DeepInversion and DF-DearKD, from data/cifar_resnet56.pth.
 """
@@ -105,7 +105,8 @@ MADE = f"dearkd.py {MADE_IMAGES} --student micro --patch-size 4 {CIFAR_CNN_JPEG}
 SOFT = "--soft 4 --alpha 1"
 ALL_500 = f"{MADE} {SOFT} --epochs 120 --stage1-epochs 120"  # of a folder of 500 images
 SOFT_500 = f"{ALL_500} --data-fraction 0.25"
-SOFT_1000 = f"{MADE} {SOFT} --data-fraction 0.5 --epochs 60 --stage1-epochs 60"
+ALL_1000 = f"{MADE} {SOFT} --epochs 60 --stage1-epochs 60"
+SOFT_1000 = f"{ALL_1000} --data-fraction 0.5"
 SOFT_2000 = f"{MADE} {SOFT} --epochs 30 --stage1-epochs 30"
 DEEP_INVERSION = f"--data {OUT}/made-300-0"
 DF_DEARKD = f"--data {OUT}/made-300-1"
@@ -164,7 +165,9 @@ TABLES = {
         "+ early hints": f"{TINY_DEARKD} {TINY_CNN} --mhca-blocks 0",
         "+ MHCA: DearKD": f"{TINY_DEARKD} {TINY_CNN}",
         "later hints instead": f"{TINY_DEARKD} {TINY_CNN} --hints 1:2,3:3 --mhca-blocks 0",
-        "later hints + MHCA": f"{TINY_DEARKD} {TINY_CNN} --hints 1:2,3:3"},
+        "later hints + MHCA": f"{TINY_DEARKD} {TINY_CNN} --hints 1:2,3:3",
+        "first-middle-last hints + MHCA": f"{TINY_DEARKD} {TINY_CNN} --hints 0:1,3:2,5:3",
+        "DearKD, T = 4": f"{TINY_DEARKD} {TINY_CNN} --soft 4"},
     "data-free": {
         "DeepInversion": f"{DATA_FREE} --data {OUT}/made0",
         "DF-DearKD": f"{DATA_FREE} --data {OUT}/made1",
@@ -249,8 +252,8 @@ TABLES = {
         "2,000 drawn flowers": f"{SOFT_2000} --data {OUT}/shapes",
         "2,000 images of noise": f"{SOFT_2000} --data {OUT}/noise",
         "2,000 real images": f"{SOFT_2000} --data data/cifar10 --data-fraction 0.04",
-        "2,000 images, DF-DearKD, first 100 steps at half size":
-            f"{SOFT_2000} --data {OUT}/made-half-1"},
+        "1,000 images, DF-DearKD, first 100 steps at half size":
+            f"{ALL_1000} --data {OUT}/made-half-1"},
     "made-training": {  # other ways to train on 2,000 images of DF-DearKD
         "the CNN's class and labels, two stages": f"{MADE} {DF_DEARKD} --epochs 30",
         "the CNN's logits alone, one stage, MixUp and CutMix":
@@ -273,7 +276,6 @@ FEWER_SEEDS = {
     **{f"made/{row}": (0,) for row in TABLES["made"]},
     "made/2,000 images, DeepInversion": SEEDS,
     "made/2,000 images, DF-DearKD": SEEDS,
-    "made/2,000 images, DF-DearKD, first 100 steps at half size": SEEDS,
     "cifar-vitkd/ViTKD's generation alone": (0, 1),
     "cifar-vitkd/ViTKD's mimicking alone": (0, 1),
     "cifar-attndistill/ImageNet teacher, lambda_a = 0.03": (0,),
