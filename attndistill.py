@@ -600,7 +600,7 @@ def train(args, device):
 
     def knn_top1(vit):  # in percent, weighted k-NN on the ViT's class tokens, k = 20
         import eval_knn  # only here: training without k-NN needs common.py alone
-        # Images for one forward pass: in evaluation as many as in training fit into memory
+        # Images of one forward pass: what fits into memory in training also fits in evaluation
         chunk_size = args.batch_size // (common.world_size() * args.accum)
         accuracies = eval_knn.evaluate(vit, bank, val_set, num_classes, chunk_size, args.workers,
                                        device, autocast, ks=(20,))
@@ -682,7 +682,7 @@ def train(args, device):
                     # For the log alone. NaN and inf count as 0, or the epoch's mean would be NaN.
                     loss_sums[name] += term.detach().nan_to_num(0, 0, 0) / args.accum
 
-            # ---- step, if gradients are finite: averages, so all processes decide alike ----
+            # ---- step, if the averaged gradients are finite; all processes agree on that ----
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             if norm.isfinite():

@@ -573,7 +573,7 @@ def train(args, device):
     common.print_counts(train_set, val_set)
     train_batches = common.train_loader(train_set, args.batch_size, args.accum, args.workers,
                                         args.seed)
-    # Images for one forward pass: in evaluation as many as in training fit into memory
+    # Images of one forward pass: what fits into memory in training also fits in evaluation
     chunk_size = args.batch_size // (common.world_size() * args.accum)
     val_batches = common.val_loader(val_set, chunk_size, args.workers)
     steps_per_epoch = len(train_batches)
@@ -687,7 +687,7 @@ def train(args, device):
                     # For the log alone. NaN and inf count as 0, or the epoch's mean would be NaN.
                     loss_sums[name] += term.detach().nan_to_num(0, 0, 0) / args.accum
 
-            # ---- step, if gradients are finite: averages, so all processes decide alike ----
+            # ---- step, if the averaged gradients are finite; all processes agree on that ----
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(model.parameters(), args.clip_grad or math.inf)
             if norm.isfinite():
@@ -810,7 +810,7 @@ def train_cnn(args, device):
             scaler.scale(loss).backward()
             loss_sums["ce"] += loss.detach().nan_to_num(0, 0, 0)
 
-            # ---- step, if gradients are finite: averages, so all processes decide alike ----
+            # ---- step, if the averaged gradients are finite; all processes agree on that ----
             scaler.unscale_(optimizer)
             norm = nn.utils.clip_grad_norm_(cnn.parameters(), args.clip_grad or math.inf)
             if norm.isfinite():
