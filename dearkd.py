@@ -22,11 +22,11 @@ DeiT-T with RegNetY-16GF as teacher on ImageNet-1k, and demos for a laptop:
     torchrun --nproc_per_node 8 dearkd.py --data data/imagenet --student deit_t
     python dearkd.py --demo                  # or --demo-data-free
 Top-1 of DeiT-T (paper): 72.2 % alone, 74.8 % with DearKD.
-Measured: CIFAR-10, mean (deviation) of seeds 0 to 2. From half of the images, in 4 epochs, micro
-has 51.1 (1.4) % alone, 68.0 (0.3) with ResNet-56 as teacher; from a quarter 58.0 (0.6) with it (one
-Intel Xeon core a run). In other runs it has 41.2 (0.3) from 2,000 images that DeepInversion made,
-42.8 (1.7) with DF-DearKD, which is within the deviation (one AMD EPYC core a run). All in bf16,
-2026-11-27 and 28; tests/evidence/README.md.
+Measured: CIFAR-10, mean (deviation) of two or three seeds. From half of the images, in 4 epochs,
+micro has 51.1 (1.4) % alone, 68.0 (0.3) with ResNet-56 as teacher, 69.2 (0.3) with --soft 4, too;
+from a quarter 58.0 (0.6) with the teacher. In other runs it has 41.2 (0.3) from 2,000 images that
+DeepInversion made, 42.8 (1.7) with DF-DearKD, which is within the deviation. One core of an Intel
+Xeon or AMD EPYC a run, bf16, 2026-11-27 and 28; tests/evidence/README.md.
 """
 
 import argparse
@@ -1249,7 +1249,8 @@ def parse_args(argv=None):
                       help="stage 1: weight of the loss against the CNN's maps (%(default)s)")
     loss.add_argument("--soft", type=common.non_negative, metavar="T",
                       help="learn the teacher's distribution at this temperature instead of its "
-                           "class, with both heads; --alpha 1 then leaves out the labels (off)")
+                           "class, with both heads; 4 was better in short runs; --alpha 1 then "
+                           "leaves out the labels (off)")
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--batch-size", type=common.positive_int, default=1024,

@@ -551,7 +551,8 @@ def test_alpha_1_learns_from_soft_labels_alone(distillation):
     assert all(p.grad.abs().sum() > 0 for p in model.student.parameters())
 
 
-def test_a_run_with_soft_labels(teacher, tmp_path, monkeypatch):
+@pytest.mark.parametrize("soft, expected", [([], []), (["--soft", 0], []), (["--soft", 4], [4.0])])
+def test_a_run_with_soft_labels(soft, expected, teacher, tmp_path, monkeypatch):
     temperatures = []
     soft_loss = dearkd.soft_loss
 
@@ -561,12 +562,12 @@ def test_a_run_with_soft_labels(teacher, tmp_path, monkeypatch):
 
     monkeypatch.setattr(dearkd, "soft_loss", remember)
     main("dearkd", *flags("dearkd", teacher, tmp_path / "soft", "--epochs", 1, "--stage1-epochs", 1,
-                          "--soft", 4, "--alpha", 1, "--hints", "none", "--data-fraction", 0.25))
+                          *soft, "--alpha", 1, "--hints", "none", "--data-fraction", 0.25))
     record, = records(tmp_path / "soft")
     assert record["ce"] == 0
     assert record["logits"] > 0
     assert "hints" not in record
-    assert temperatures == [4.0] * 4  # two heads, two steps
+    assert temperatures == expected * 4  # two heads, two steps
 
 
 @pytest.fixture

@@ -296,9 +296,11 @@ SUMMARY = {
     "AttnDistill, k-NN, Tiny-ImageNet-20, from a DeiT-T (39.1)":
         ("attndistill-tiny", "projector alignment", "+ attention guidance"),
     "DearKD, half of CIFAR-10, from a ResNet-56 (88.7)": ("dearkd-half", "alone", "DearKD"),
+    "DearKD with `--soft 4`, the same": ("dearkd-half", "alone", "DearKD, T = 4"),
     "DearKD, a quarter of CIFAR-10, the same": ("dearkd-curve", "25 %, alone", "25 %, DearKD"),
     "DearKD, Tiny-ImageNet-20, from a ResNet-18 (66.1)":
         ("dearkd-tiny", "alone", "+ MHCA: DearKD"),
+    "DearKD with `--soft 4`, the same, from one of 65.9": ("dearkd-tiny", "alone", "DearKD, T = 4"),
     "fine-tuned on 10 % of CIFAR-10, after DearKD on Tiny-ImageNet-20":
         ("downstream", "10 % of CIFAR-10 alone, at 64 px",
          "DearKD on Tiny-ImageNet-20, then 10 % of CIFAR-10"),
