@@ -275,7 +275,7 @@ class Images(Dataset):
         self.replace_unreadable = replace_unreadable
         self.epoch = 0
         # The data workers of a process share this memory, also those of later epochs: a bad file is
-        # reported once in a process
+        # reported once in a process (rarely twice, by workers that meet it at the same moment)
         self.reported = torch.zeros(len(base), dtype=torch.bool).share_memory_()
 
     def __len__(self):
