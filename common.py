@@ -918,8 +918,10 @@ class TimedBatches:
 
 def log_epoch(out, log, epochs):
     """Print the last record of `log` as one line, and write all records to log.jsonl."""
-    shown = [f"{name} {value:.4g}" if value < 1000 else f"{name} {value:.0f}"
-             for name, value in log[-1].items()]
+    shown = []
+    for name, value in log[-1].items():
+        number = f"{value:.0f}" if value >= 1000 else f"{value:.4g}"
+        shown.append(f"{name} {number}")
     seconds_left = sum(record["seconds"] for record in log) / len(log) * (epochs - len(log))
     print0("  ".join([*shown, f"left {duration(seconds_left)}"]))
     if rank() == 0:
