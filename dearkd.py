@@ -24,9 +24,10 @@ DeiT-T with RegNetY-16GF as teacher on ImageNet-1k, and demos for a laptop:
 Top-1 of DeiT-T (paper): 72.2 % alone, 74.8 % with DearKD.
 Measured: CIFAR-10, mean (deviation) of two or three seeds. From half of the images, in 4 epochs,
 micro has 51.1 (1.4) % alone and 68.0 (0.3) with ResNet-56 as teacher. With --soft 4, too, it has
-69.2 (0.3). From a quarter of the images it has 58.0 (0.6) with the teacher. In other runs it has 41.2 (0.3) from 2,000 images that
-DeepInversion made, 42.8 (1.7) with DF-DearKD, which is within the deviation. One core of an Intel
-Xeon or AMD EPYC a run, bf16, 2026-11-27 and 28; tests/evidence/README.md.
+69.2 (0.3). From a quarter of the images it has 58.0 (0.6) with the teacher. In other runs it has
+41.2 (0.3) from 2,000 images that DeepInversion made, and 42.8 (1.7) with DF-DearKD, which is within
+the deviation. One core of an Intel Xeon or AMD EPYC a run, bf16, 2026-11-27 and 28;
+tests/evidence/README.md.
 """
 
 import argparse
