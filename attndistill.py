@@ -875,15 +875,15 @@ def demo(args, device):
     if common.world_size() > 1:
         raise common.InputError("--demo runs in one process, without torchrun")
     torch.set_num_threads(1)  # steps are so small that more threads mostly wait for each other
-    shared = ("--data shapes --image-size 32 --patch-size 8 --student micro --batch-size 100 "
-              "--lr 2e-3 --crop-scale 0.5 --eval-every 1000 "
+    shared = ("--data shapes --image-size 24 --patch-size 8 --student micro --batch-size 25 "
+              "--lr 1e-3 --crop-scale 0.5 --eval-every 1000 "
               f"--workers {args.workers} --seed {args.seed}")
-    of_teacher = ("--teacher none --epochs 8 --label-smoothing 0 --mixup 0 --cutmix 0 "
+    of_teacher = ("--teacher none --epochs 4 --label-smoothing 0 --mixup 0 --cutmix 0 "
                   "--rand-augment 0 --random-erasing 0")
     runs = {
-        "untrained": "--epochs 1 --lr 0",
-        "alignment": "--epochs 4 --lambda-a 0",
-        "alignment + guidance": "--epochs 4 --lambda-a 0.1",
+        "untrained": "--epochs 1 --lr 0 --data-fraction 0.1",
+        "alignment": "--epochs 1 --lambda-a 0",
+        "alignment + guidance": "--epochs 1 --lambda-a 0.1",
     }
     table = []
     with tempfile.TemporaryDirectory() as out:
