@@ -22,10 +22,10 @@ The paper's pair, DINO's ViT-S/8 and a ViT-S/16, which has a quarter of the patc
 a laptop:
     torchrun --nproc_per_node 8 attndistill.py --teacher dino_s8 --student vit_s
     python attndistill.py --demo
-Measured: what guidance adds to k-NN top-1 on CIFAR-10 (one AMD EPYC core, bf16, 2026-11-25 and 27;
-tests/evidence/README.md). From a weak teacher: 50.7 -> 51.4 %, deviation 0.2, three seeds. From
-ImageNet's DeiT-T: 49.7 (1.1) -> 52.9 (0.3) %, two seeds. On Tiny-ImageNet-20 its gain is within the
-deviation.
+Measured: what guidance adds to k-NN top-1 on CIFAR-10 (one AMD EPYC core, bf16 or float32,
+2026-11-25 to 28; tests/evidence/README.md). From a weak teacher: 50.7 -> 51.4 %, deviation 0.2,
+three seeds. From ImageNet's DeiT-T: 49.9 (0.8) -> 52.9 (0.3) %, three and two seeds. On
+Tiny-ImageNet-20 its gain is within the deviation.
 """
 
 import argparse

@@ -45,7 +45,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from common import best_precision
+
 RESULTS = Path(__file__).with_name("results.jsonl")
 OUT = "out/study"
 SEEDS = (0, 1, 2)
@@ -427,6 +433,7 @@ def make(run, cache=None):
         "command": f"python {run.command}",
         "commit": commit,
         "cpu": cpu_model(),
+        "amp": best_precision(torch.device("cpu")),  # what the scripts choose
         "date": date,
         "versions": {"torch": version("torch"), "torchvision": version("torchvision")},
         "epochs": epochs}
