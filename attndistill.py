@@ -24,7 +24,7 @@ a laptop:
     python attndistill.py --demo
 Measured: what guidance adds to k-NN top-1 on CIFAR-10 (one AMD EPYC core, bf16 or float32,
 2026-11-25 to 28; tests/evidence/README.md). From a weak teacher: 50.7 -> 51.4 %, deviation 0.2,
-three seeds. From ImageNet's DeiT-T: 49.9 (0.8) -> 52.9 (0.3) %, three and two seeds. On
+three seeds. From ImageNet's DeiT-T: 49.9 (0.8) -> 52.9 (0.2) %, three seeds. On
 Tiny-ImageNet-20 its gain is within the deviation.
 """
 
