@@ -1,8 +1,15 @@
 """AttnDistill: distil a self-supervised vision transformer into a cheaper one, without labels.
 
 Wang et al., "Attention Distillation: self-supervised vision transformer students need more
-guidance", arXiv 2210.00944 (BMVC 2022). Formulas, constants and recipe are the authors' (paper and
-released code). Ours:
+guidance", arXiv 2210.00944 (BMVC 2022).
+
+The teacher's final class token summarises the image, and that token's attention shows which patches
+the summary came from. Therefore
+  - projector alignment: an MLP on the student's class token must predict the teacher's;
+  - attention guidance: the student's class token must attend to the patches in the last block as
+    the teacher's does. The two may differ in patch grid and number of heads.
+
+Formulas, constants and recipe are the authors' (paper and released code). Ours:
   - the last block and the projector run for the class token alone;
   - the teacher's attention to register tokens is left out;
   - where a resized attention is negative, it becomes 1e-8 before its row is scaled to its sum;
@@ -11,12 +18,6 @@ released code). Ours:
   - warm-up takes at most a tenth of the run;
   - mixed precision is bf16 where the device has it, theirs is fp16;
   - the projector's first LayerNorm is the student's final norm, so that the student is a plain ViT.
-
-The teacher's final class token summarises the image, and that token's attention shows which patches
-the summary came from. Therefore
-  - projector alignment: an MLP on the student's class token must predict the teacher's;
-  - attention guidance: the student's class token must attend to the patches in the last block as
-    the teacher's does. The two may differ in patch grid and number of heads.
 
 The paper's pair, DINO's ViT-S/8 and a ViT-S/16, which has a quarter of the patches, and a demo for
 a laptop:
@@ -29,6 +30,7 @@ Tiny-ImageNet-20 its gain is within the deviation.
 """
 
 import argparse
+import json
 import math
 import re
 import tempfile
@@ -134,7 +136,8 @@ class RotaryEmbedding(nn.Module):
 
         # An angle for each channel: a quarter of the channels have the row's, a quarter the
         # column's, and the second half has the angles of the first
-        centres = 2 * (torch.arange(g).to(self.periods) + 0.5) / g - 1      # (g,), in -1 .. 1
+        numbers = torch.arange(g, dtype=self.periods.dtype, device=self.periods.device)
+        centres = 2 * (numbers + 0.5) / g - 1                               # (g,), in -1 .. 1
         positions = torch.cartesian_prod(centres, centres)                  # (N, 2)
         angles = 2 * math.pi * positions[:, :, None] / self.periods         # (N, 2, D/H/4)
         angles = angles.flatten(1).repeat(1, 2)                             # (N, D/H)
@@ -463,7 +466,8 @@ def find_teacher(name, weights):
         raise common.InputError(f"unknown teacher {name}: choose {', '.join(TEACHERS)}, or the "
                                 "path of a student.pth")
     if weights:
-        raise common.InputError(f"--teacher {name} is a file already: leave out --teacher-weights")
+        raise common.InputError(f"{name} is a file already: leave out --teacher-weights "
+                                "(eval_knn.py: --weights)")
     saved = common.load_checkpoint(name)
     is_student = (isinstance(saved, dict) and saved.get("script") in ("attndistill", "vitkd")
                   and "arch" in saved)
@@ -595,8 +599,8 @@ def train(args, device):
                                 replace_unreadable=False)
         common.print_counts(train_set, val_set)
     else:
-        common.print0(f"{len(train_set)} training images in {args.data}. Without train/CLASS/* and "
-                      "val/CLASS/* k-NN is not measured")
+        common.print0(f"{len(train_set)} training images in {train_images.folder}. Without "
+                      "train/CLASS/* and val/CLASS/* k-NN is not measured")
 
     def knn_top1(vit):  # in percent, weighted k-NN on the ViT's class tokens, k = 20
         import eval_knn  # only here: training without k-NN needs common.py alone
@@ -708,11 +712,11 @@ def train(args, device):
             **batches.speed(),
             "peak_memory_gb": common.peak_memory_gb(),
         }
-        last_epoch = epoch + 1 == args.epochs
-        if val_set and ((epoch + 1) % args.eval_every == 0 or last_epoch):
-            record["knn20"] = knn_top1(student)
-        if val_set and last_epoch:
+        if val_set and epoch == 0:
+            # Weights under a wrong name can load and compute something else: see it early
             record["teacher_knn20"] = knn_top1(teacher)
+        if val_set and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
+            record["knn20"] = knn_top1(student)
         record["seconds"] = batches.seconds()
         log.append(record)
         common.log_epoch(args.out, log, args.epochs)
@@ -743,8 +747,18 @@ def visualize(args, device):
     _, arch, _ = find_teacher(student_file, weights=None)
     image_size = arch["image_size"]
     transform = common.val_transform(image_size)
-    teacher = load_teacher(args.teacher, args.teacher_weights, image_size).to(device)
     student = load_teacher(student_file, None, image_size).to(device)
+
+    name = args.teacher
+    weights = args.teacher_weights
+    if name is None:  # the teacher of the run
+        run_file = Path(args.out) / "args.json"
+        if not run_file.is_file():
+            raise common.InputError(f"there is no {run_file}: give the --teacher to draw")
+        run = json.loads(run_file.read_text())
+        name = run["teacher"]
+        weights = weights or run["teacher_weights"]
+    teacher = load_teacher(name, weights, image_size).to(device)
 
     tiles = []
     for path in args.visualize:
@@ -763,7 +777,7 @@ def visualize(args, device):
     tiles_in_a_row = len(tiles) // len(args.visualize)
     save_image(tiles, f"{args.out}/attention.png", nrow=tiles_in_a_row, normalize=True,
                scale_each=True)
-    common.print0(f"drawn: {args.out}/attention.png")
+    common.print0(f"drawn: {args.out}/attention.png, with the teacher {name}")
 
 
 def parse_args(argv=None):
@@ -796,10 +810,11 @@ def parse_args(argv=None):
                         help="start from a plain ViT of the student's size and patch size that was "
                              "made for ImageNet's mean and deviation (not AugReg, not MoCo v3's "
                              "ViT-S); a file or https address; its head is left out")
-    models.add_argument("--teacher", default="dino_s8",
+    models.add_argument("--teacher",
                         help=f"{', '.join(TEACHERS)}; or the path of a student.pth of "
                              "attndistill.py or vitkd.py. moco_*: MoCo v3. augreg_*: timm's own "
-                             "ViTs. vit_*: MAE, DeiT, DeiT III, any other plain ViT (%(default)s)")
+                             "ViTs. vit_*: MAE, DeiT, DeiT III, any other plain ViT (dino_s8; "
+                             "with --visualize the run's own)")
     models.add_argument("--teacher-weights", metavar="FILE",
                         help="file or https address of the named teacher's weights, instead of the "
                              "usual download; all but dino_* and dinov2_* need it")
@@ -853,10 +868,12 @@ def parse_args(argv=None):
                      help="train three small ViTs on drawn shapes, without data, download or GPU; "
                           "of the other flags only --workers and --seed count")
     run.add_argument("--visualize", nargs="+", metavar="IMAGE",
-                     help="do not train, but draw where the student in --out and the --teacher "
+                     help="do not train, but draw where the student in --out and its teacher "
                           "attend in these images: attention.png in --out")
     args = parser.parse_args(argv)
 
+    if args.teacher is None and not args.visualize:
+        args.teacher = "dino_s8"
     if args.image_size % args.patch_size:
         parser.error(f"--image-size {args.image_size} is not a multiple of --patch-size "
                      f"{args.patch_size}")

@@ -1,13 +1,7 @@
 """DearKD: distil a CNN's early layers into a vision transformer, then train it without the CNN.
 
 Chen et al., "DearKD: Data-Efficient Early Knowledge Distillation for Vision Transformers",
-arXiv 2204.12997 (CVPR 2022). Its code was never released. The paper's: two stages, MHCA with
-dropout, an aligner, mean squared error on early features, hard labels for DeiT's distillation
-token, the idea of the intra-divergence loss. Ours: all formulas and defaults that fill in these
-words, and soft labels. DeepInversion (arXiv 1912.08795, code released) is its authors', except
-where the settings CIFAR below say so. The recipe is ViTKD's version of DeiT's. DeiT itself has 5
-epochs of warm-up, stochastic depth 0.1 for every student, repeated augmentation and no clipping.
-RandAugment is without SolarizeAdd (torchvision has none).
+arXiv 2204.12997 (CVPR 2022).
 
 A CNN learns from few images, since each of its neurons sees near pixels alone. A ViT attends
 anywhere: from many images it learns more, from few less. So the CNN teaches it at first:
@@ -17,6 +11,14 @@ anywhere: from many images it learns more, from few less. So the CNN teaches it 
   - stage 2: only labels. The CNN does not run, and no hint keeps attention near any more.
 DF-DearKD uses no real image: noise is optimised until the CNN sees a class in it and BatchNorm its
 usual statistics. The intra-divergence loss keeps the images of a class apart.
+
+The paper's, whose code was never released: two stages, MHCA with dropout, an aligner, mean squared
+error on early features, hard labels for DeiT's distillation token, the idea of the intra-divergence
+loss. Ours: all formulas and defaults that fill in these words, and soft labels. DeepInversion
+(arXiv 1912.08795, code released) is its authors', except where the settings CIFAR below say so. The
+recipe is ViTKD's version of DeiT's. DeiT itself has 5 epochs of warm-up, stochastic depth 0.1 for
+every student, repeated augmentation and no clipping. RandAugment is without SolarizeAdd
+(torchvision has none).
 
 DeiT-T with RegNetY-16GF as teacher on ImageNet-1k, and demos for a laptop:
     torchrun --nproc_per_node 8 dearkd.py --data data/imagenet --student deit_t

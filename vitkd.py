@@ -1,15 +1,7 @@
 """ViTKD: distil a supervised vision transformer into a smaller one through its features.
 
 Yang et al., "ViTKD: Practical Guidelines for ViT Feature Knowledge Distillation", arXiv 2209.02432,
-with NKD, the logit loss of Yang et al., arXiv 2303.13005. Formulas, constants and recipe are the
-authors' (papers and released code). Ours:
-  - alpha and beta are scaled to other numbers of tokens and widths;
-  - the learning rate is scaled by the root of the batch size;
-  - warm-up takes at most a tenth of the run;
-  - a step without finite gradients is skipped;
-  - all linear layers begin with DeiT's deviation of 0.02;
-  - the moving average of the weights begins with a small decay, which grows to --ema-decay;
-  - RandAugment lacks SolarizeAdd, as torchvision's does.
+with NKD, the logit loss of Yang et al., arXiv 2303.13005.
 
 In their first blocks teacher and student attend to similar patches, so the student can copy what
 the teacher computes there. In their last blocks they do not, and copying harms. Therefore
@@ -18,6 +10,15 @@ the teacher computes there. In their last blocks they do not, and copying harms.
     convolutional network must GENERATE the teacher's tokens there from the other half;
   - logits: NKD distils the probability of the target class and the distribution over the other
     classes as two terms.
+
+Formulas, constants and recipe are the authors' (papers and released code). Ours:
+  - alpha and beta are scaled to other numbers of tokens and widths;
+  - the learning rate is scaled by the root of the batch size;
+  - warm-up takes at most a tenth of the run;
+  - a step without finite gradients is skipped;
+  - all linear layers begin with DeiT's deviation of 0.02;
+  - the moving average of the weights begins with a small decay, which grows to --ema-decay;
+  - RandAugment lacks SolarizeAdd, as torchvision's does.
 
 DeiT-T distilled from DeiT III-S on ImageNet-1k, and a demo for a laptop:
     torchrun --nproc_per_node 8 vitkd.py --data data/imagenet --teacher deit3_s --student deit_t

@@ -447,8 +447,8 @@ def test_a_run_measures_knn_of_student_and_teacher(teacher, photos, tmp_path, ca
     log = records(tmp_path)
     assert log[-1]["alignment"] < log[0]["alignment"]
     assert ["knn20" in record for record in log] == [False, True, True]
-    assert ["teacher_knn20" in record for record in log] == [False, False, True]
-    assert widths == [96, 96, 48]  # the student twice, then the teacher
+    assert ["teacher_knn20" in record for record in log] == [True, False, False]
+    assert widths == [48, 96, 96]  # the teacher, then the student twice
     # The k-NN of training is eval_knn.py's
     eval_knn.main(["--weights", f"{tmp_path}/student.pth", "--data", str(photos), "--workers", "0",
                    "--amp", "off", "--batch-size", "16"])
@@ -526,7 +526,8 @@ def test_photos_without_labels_train_without_knn(kind, count, teacher, photos, t
         shutil.copy(photos / "val" / "ant" / "000.jpg", data / "val")
     main(*TINY, "--data", data, "--teacher", teacher, "--epochs", 1, "--out", tmp_path / "out")
     out = capsys.readouterr().out
-    assert f"{count} training images in {data}. Without train/CLASS/* and val/CLASS/* " in out
+    read = data / "train" if (data / "train").is_dir() else data
+    assert f"{count} training images in {read}. Without train/CLASS/* and val/CLASS/* " in out
     record, = records(tmp_path / "out")
     assert record["alignment"] > 0
     assert "knn20" not in record
@@ -587,3 +588,16 @@ def test_visualize_draws_image_teacher_and_student_at_the_students_size(
     assert "no.jpg" in error_of("attndistill", "--visualize", "no.jpg", *words)
     nowhere = error_of("attndistill", "--visualize", "no.jpg", *words, "--out", "nowhere")
     assert nowhere == "there is no nowhere/student.pth: give --out of a run to --visualize"
+
+
+def test_visualize_draws_the_teacher_of_the_run(teacher, photos, tmp_path, capsys):
+    main(*TINY, "--data", photos, "--teacher", teacher, "--epochs", 1, "--out", tmp_path)
+    drawing = ["--visualize", next((photos / "val" / "ant").iterdir()), "--out", tmp_path]
+    main(*drawing, "--teacher", teacher)
+    expected = (tmp_path / "attention.png").read_bytes()
+    (tmp_path / "attention.png").unlink()
+    main(*drawing)
+    assert (tmp_path / "attention.png").read_bytes() == expected
+    assert capsys.readouterr().out.endswith(f"with the teacher {teacher}\n")
+    (tmp_path / "args.json").unlink()
+    assert error_of("attndistill", *drawing).endswith("args.json: give the --teacher to draw")
