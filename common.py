@@ -5,6 +5,7 @@ Nothing here belongs to a paper.
 
 import argparse
 import datetime
+import hashlib
 import json
 import math
 import os
@@ -569,15 +570,18 @@ def download(url):
     address = urllib.parse.urlparse(url)
     # The whole address, since many files on the web are called model.safetensors
     path = f"{torch.hub.get_dir()}/checkpoints/{address.hostname}{address.path}"
+    folder, name = os.path.split(path)
     if address.query:
-        path += f"?{address.query}"
+        # A folder for each query. In the name it would hide the ending, and may be too long.
+        folder += "/" + hashlib.sha256(address.query.encode()).hexdigest()[:16]
+        path = f"{folder}/{name}"
     # Hex digits after a "-" are the start of the file's sha256. At least one must be a letter, so
     # that a date is not taken for a hash.
-    sha256 = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,})\.", os.path.basename(address.path))
+    sha256 = re.search(r"-(?=[0-9]*[a-f])([0-9a-f]{8,})\.", name)
 
     def fetch():
         if not os.path.exists(path):
-            os.makedirs(os.path.dirname(path), exist_ok=True)
+            os.makedirs(folder, exist_ok=True)
             torch.hub.download_url_to_file(url, path, sha256 and sha256[1])
 
     try:
@@ -602,6 +606,9 @@ def check_that_it_holds_weights(path):
         raise InputError(f"{path} is empty")
     if start.startswith(b"version https://git-lfs"):
         raise InputError(f"{path} is a pointer of git-lfs, not the file itself: run git lfs pull")
+    if start.startswith(b"pk") and b".npy" in start:
+        raise InputError(f"{path} is an .npz of NumPy: load it into a model, with timm for "
+                         "example, and save that: torch.save(model.state_dict(), ...)")
     if start.startswith((b"<!doctype", b"<html", b"<?xml")):
         raise InputError(f"{path} is a web page: the download went wrong")
 

@@ -314,10 +314,13 @@ def test_the_hash_in_the_name_of_a_download_is_checked(tmp_path, monkeypatch):
 
 def test_addresses_that_differ_in_their_query_are_different_files(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "home"))
+    paths = {}
     for name in ("x.pth", "x.pth?id=1", "x.pth?id=2"):
         (tmp_path / name).write_text(name)
-        path = common.download(f"file://localhost{tmp_path}/{name}")
+        paths[name] = common.download(f"file://localhost{tmp_path}/{name}")
+    for name, path in paths.items():
         assert Path(path).read_text() == name
+        assert path.endswith("/x.pth")  # the ending says how to read the file
 
 
 # ------------------------------------------------------------------ checkpoints that do not load
@@ -375,7 +378,9 @@ PROBLEMS = {
     "random bytes after a zip's first": (
         written(b"PK\x03\x04" + random.Random(0).randbytes(5000)), f"{DAMAGED} (*"),
     "NumPy's weights": (
-        lambda path, w: np.savez(open(path, "wb"), a=np.zeros(3)), f"{DAMAGED} (*"),
+        lambda path, w: np.savez(open(path, "wb"), a=np.zeros(3)),
+        "is an .npz of NumPy: load it into a model, with timm for example, and save that: "
+        "torch.save(model.state_dict(), ...)"),
     "a whole module": (
         saved(lambda w: vitkd.ViT(32, 4, **SMALL)), f"holds code (vitkd.ViT), {CODE}"),
     "a pickle that makes a folder": (saved(lambda w: Evil()), f"holds code (posix.mkdir), {CODE}"),

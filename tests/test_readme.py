@@ -86,7 +86,10 @@ def test_the_heads_rows_of_some_classes_are_kept(tmp_path, monkeypatch):
     for i in (907, 13):
         (tmp_path / "my" / "images" / "train" / f"n{i:08d}").mkdir(parents=True)
     weights = vitkd.ViT(**vitkd.SIZES["deit_t"]).state_dict()
-    torch.save({"model": weights}, "deit_tiny_patch16_224-a1311bcf.pth")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # as if it had been downloaded already
+    kept = tmp_path / "hub/checkpoints/dl.fbaipublicfiles.com/deit/deit_tiny_patch16_224-a1311bcf.pth"
+    kept.parent.mkdir(parents=True)
+    torch.save({"model": weights}, kept)
     exec(block_with("imagenet_classes.txt"), {})  # noqa: S102
     teacher = vitkd.load_teacher("deit_t", "teacher.pth", num_classes=2)
     assert torch.equal(teacher.head.weight, weights["head.weight"][[13, 907]])
