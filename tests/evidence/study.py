@@ -127,8 +127,8 @@ TEACHERS = {
     "cifar-vit": (0, f"vitkd.py {CIFAR} {LIGHT} --teacher none --student deit_t --patch-size 8 "
                      "--batch-size 128 --lr 8e-4 --epochs 6 --workers 1"),
     "cifar-deit": (0, f"vitkd.py --data data/cifar10 --image-size 112 {WEAK} --teacher none "
-                      "--student deit_t --init data/deit_tiny_imagenet.pth --batch-size 128 "
-                      "--lr 1e-4 --epochs 3 --workers 1 --eval-every 100"),
+                      "--student deit_t --init data/deit_tiny_imagenet.pth --batch-size 64 "
+                      "--lr 1e-4 --epochs 4 --workers 1 --eval-every 100"),
     "tiny-vit": (0, f"vitkd.py {TINY} {LIGHT} --teacher none --student deit_t --patch-size 16 "
                     "--batch-size 128 --lr 8e-4 --epochs 12 --workers 1"),
     "tiny-cnn": (0, f"dearkd.py {TINY} {LIGHT} --train-teacher resnet18 --batch-size 128 "
