@@ -27,11 +27,14 @@ import attndistill
 import common
 
 STEPS = 10
+# The precision that attndistill.py takes on this machine
+BF16 = common.best_precision(torch.device("cpu")) == "bf16"
+PRECISION = "bf16-mixed" if BF16 else "32-true"
 SETTINGS = {
     "tiny": {"data": "data/tiny_imagenet20", "image_size": 64, "batch_size": 128, "epochs": 4,
              "precision": "32-true"},
     "cifar": {"data": "data/cifar10", "image_size": 112, "batch_size": 64, "epochs": 3,
-              "precision": "bf16-mixed"}}
+              "precision": PRECISION}}
 
 
 def timm_vit(image_size, patch_size, dim, depth, num_heads, num_classes=0):
@@ -90,11 +93,9 @@ def speed(which):
         attndistill.main("--data data/tiny_imagenet20 --teacher vit_b16 --batch-size 8 --workers 1 "
                          "--teacher-weights out/vit_b16.pth --out out/speed".split())
     else:
-        amp = common.best_precision(torch.device("cpu"))
-        same = {"precision": "bf16-mixed" if amp == "bf16" else "32-true"}
         lightly("out/speed-lightly", 0, lambda: timm_vit(**size["vit_s"]),
                 lambda: timm_vit(**size["vit_b"]), 224, epochs=1, batch_size=8,
-                **same if which == "lightly" else {})
+                **{"precision": PRECISION} if which == "lightly" else {})
 
 
 if __name__ == "__main__":
