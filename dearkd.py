@@ -136,7 +136,8 @@ class ConvAttention(Attention):
     Between patches at grid offset d = (d1, d2), in rows and columns, head h has the logit
         q.k / sqrt(D/H) + v_h . r_d,   r_d = (|d|^2, d1, d2),   v_h = pos_weight[h].
     v_h = -a (1, -2 c1, -2 c2) gives -a |d - c|^2 + const, a Gaussian around offset c. Heads start
-    with a = 1 and the c of a 3x3 neighbourhood, centre first. Prefix tokens (class, distillation)
+    with a = 1 and the c of a 3x3 neighbourhood, centre first: three heads, as deit_t has, begin
+    with the centre, the patch above and the one on the left. Prefix tokens (class, distillation)
     have no position: their rows and columns get 0. In training, dropout removes a head's whole
     position term from a forward pass: the head then attends by content alone.
     """
@@ -517,7 +518,8 @@ class Distillation(nn.Module):
             losses["ce"] = (cls_ce + dist_ce) / 2
             return losses
 
-        # Stage 1: (1 - alpha) CE(class logits, y) + alpha L_logits + beta * sum of L_h
+        # Stage 1: (1 - alpha) CE(class logits, y) + alpha L_logits + beta * sum of L_h, where
+        # L_logits compares the distillation logits with the CNN's class, or with its distribution
         maps, teacher_logits = teacher_features
         losses["ce"] = (1 - self.alpha) * cls_ce
         if self.soft:  # both heads learn the teacher's distribution
@@ -529,8 +531,8 @@ class Distillation(nn.Module):
             losses["logits"] = self.alpha * dist_ce
         if self.hints:
             hint_sum = 0
-            for align, (block, stage) in zip(self.aligners, self.hints):
-                hint_sum = hint_sum + hint_loss(align(hidden[block]), maps[stage - 1])
+            for align, (block, cnn_stage) in zip(self.aligners, self.hints):
+                hint_sum = hint_sum + hint_loss(align(hidden[block]), maps[cnn_stage - 1])
             losses["hints"] = self.beta * hint_sum
         return losses
 
@@ -603,8 +605,8 @@ def train(args, device):
         teacher = load_teacher(args.teacher, args.teacher_weights, num_classes)
         maps, _ = teacher.features(torch.zeros(1, 3, args.image_size, args.image_size))
         hints = parse_hints(args.hints, arch["depth"], len(maps))
-        for _, stage in hints:
-            aligners.append(Aligner(arch["dim"], maps[stage - 1].shape[1]))
+        for _, cnn_stage in hints:
+            aligners.append(Aligner(arch["dim"], maps[cnn_stage - 1].shape[1]))
         teacher.to(device)
 
     model = Distillation(student, aligners, hints, args.alpha, args.beta, args.label_smoothing,
@@ -645,6 +647,7 @@ def train(args, device):
 
     for epoch in range(len(log), args.epochs):
         # ---- stage 1 has the teacher; in stage 2 it does not run, and the aligners rest ----
+        # A student alone is in stage 2 from the start
         stage = 1 if teacher and epoch < args.stage1_epochs else 2
         if ddp is None or epoch == args.stage1_epochs:
             # DDP waits for a gradient of each parameter that requires one when DDP is made
@@ -874,8 +877,8 @@ def train_cnn(args, device):
 def intra_divergence_loss(features, labels):
     """L_bp of DF-DearKD (our reading), a scalar: spreads the images of a class up to its boundary.
 
-    features: (B, D), L2-normalised here; labels: (B,). Image i is pushed away from its nearest
-    class-mate e. The farthest one, h, marks the boundary of the class and is fixed in this term:
+    features: (B, D), L2-normalised here; labels: (B,). Image i and its nearest class-mate
+    e are pushed apart. The farthest one, h, marks the boundary of the class and is fixed in this term:
         L_bp = mean_i max(0, stopgrad(d_ih) - d_ie)
     The mean is over images with two class-mates or more: with fewer than three images of each class
     L_bp is 0. d is the Euclidean distance: its gradient does not vanish between near-copies, as
@@ -889,7 +892,8 @@ def intra_divergence_loss(features, labels):
         d = torch.cdist(f, f, compute_mode="donot_use_mm_for_euclid_dist")  # (B, B)
         farthest = d.masked_fill(~is_mate, -math.inf).amax(1)               # d_ih, (B,)
         e = d.masked_fill(~is_mate, math.inf).argmin(1)                     # (B,)
-    nearest = (f - f[e]).norm(dim=1)  # again, with gradients               # d_ie, (B,)
+    # The same distance again, with gradients
+    nearest = (f - f[e]).norm(dim=1)                                        # d_ie, (B,)
     has_two_mates = is_mate.sum(1) >= 2                                     # (B,)
     terms = (farthest - nearest).clamp(min=0) * has_two_mates
     return terms.sum() / has_two_mates.sum().clamp(min=1)
@@ -1249,7 +1253,8 @@ def parse_args(argv=None):
                       help="stage 1: weight of the loss against the teacher's class; that against "
                            "the labels has 1 - alpha (%(default)s)")
     loss.add_argument("--beta", type=common.non_negative, default=10.0,
-                      help="stage 1: weight of the loss against the CNN's maps (%(default)s)")
+                      help="stage 1: weight of the loss against the CNN's maps, whose scale is "
+                           "the CNN's: look at hints beside ce in the log (%(default)s)")
     loss.add_argument("--soft", type=common.non_negative, metavar="T",
                       help="learn the teacher's distribution at this temperature instead of its "
                            "class, with both heads; 4 was better in short runs; --alpha 1 then "
@@ -1395,13 +1400,13 @@ def demo(args, device):
     if common.world_size() > 1:
         raise common.InputError("--demo runs in one process, without torchrun")
     torch.set_num_threads(1)  # steps are so small that more threads mostly wait for each other
-    shared = f"{DEMO} --workers {args.workers} --seed {args.seed}"
+    shared = f"{DEMO} --data-fraction 0.8 --workers {args.workers} --seed {args.seed}"
     table = []
     with tempfile.TemporaryDirectory() as out:
         runs = {
             "CNN": ["--train-teacher", "cifar_resnet20", "--epochs", "1"],
-            "student alone": ["--teacher", "none", "--mhca-blocks", "0", "--epochs", "2"],
-            "student, DearKD": ["--teacher", f"{out}/CNN/student.pth", "--epochs", "2"],
+            "student alone": ["--teacher", "none", "--mhca-blocks", "0", "--epochs", "3"],
+            "student, DearKD": ["--teacher", f"{out}/CNN/student.pth", "--epochs", "3"],
         }
         for name, flags in runs.items():
             folder = f"{out}/{name.split()[-1]}"
