@@ -877,8 +877,8 @@ def train_cnn(args, device):
 def intra_divergence_loss(features, labels):
     """L_bp of DF-DearKD (our reading), a scalar: spreads the images of a class up to its boundary.
 
-    features: (B, D), L2-normalised here; labels: (B,). Image i and its nearest class-mate
-    e are pushed apart. The farthest one, h, marks the boundary of the class and is fixed in this term:
+    features: (B, D), L2-normalised here; labels: (B,). Image i and its nearest class-mate e are
+    pushed apart. The farthest one, h, marks the boundary of the class and is fixed in this term:
         L_bp = mean_i max(0, stopgrad(d_ih) - d_ie)
     The mean is over images with two class-mates or more: with fewer than three images of each class
     L_bp is 0. d is the Euclidean distance: its gradient does not vanish between near-copies, as

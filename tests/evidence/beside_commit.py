@@ -3,10 +3,10 @@
     git worktree add ../old COMMIT
     python tests/evidence/beside_commit.py ../old [ROW ...] [--rounds 9] [--compile]
 
-Both versions of a step run in alternating rounds in one process: what both share, as the other
-users of the processor, leaves the ratio. It is seconds of the old step / seconds of the new one,
-the median over the rounds (smallest to largest): above 1, the new one is faster. Give the row
-"inversion" without --compile if COMMIT is older than its compilation.
+Both versions of a step run in alternating rounds in one process, so that other users of the
+processor slow both. The last column is seconds of the old step / seconds of the new one, the median
+over the rounds (smallest to largest). Above 1 the new one is faster. Give the row "inversion"
+without --compile if COMMIT is older than its compilation.
 """
 
 import argparse
