@@ -56,6 +56,9 @@ def attention_guidance_loss(student_attn, teacher_attn, temperature=10.0):
     which must be a square grid. temperature: the paper's T, which softens the product of all heads
     if student and teacher have different numbers of them.
     """
+    if student_attn.ndim != 3 or teacher_attn.ndim != 3:
+        raise ValueError(f"attention of shapes {tuple(student_attn.shape)} and "
+                         f"{tuple(teacher_attn.shape)}: give the class token's rows, (B, H, 1+N)")
     a_s = student_attn.float()
     a_t = teacher_attn.float()
     if a_t.shape[2] != a_s.shape[2]:
@@ -562,6 +565,9 @@ def load_data(data, val, image_size):
     if all(part.is_dir() and common.class_folders(part) for part in (train_folder, val_folder)):
         return common.load_data(data, val, image_size)
     photos = train_folder if train_folder.is_dir() else folder
+    beside = set(common.class_folders(folder)) - {"train", "val", "test"}
+    if photos == train_folder and beside:  # "train" may be one folder of photos among others
+        common.print0(f"WARNING: of {folder} only train/ is used, not {common.listed(sorted(beside))}")
     images = common.ImageFolder(photos, classes=[""])  # one class: its folder is the whole folder
     if len(images) == 0:
         raise common.InputError(f"--data {data}: there are no images below {photos}")
@@ -633,7 +639,7 @@ def train(args, device):
 
     # ---- image size of --init and --teacher ----
     trained_on = {"classes": None, "image_size": args.image_size}  # None: no label is read
-    for path in (args.init, args.teacher):
+    for path in (args.init, args.teacher, args.teacher_weights):
         common.compare_with_training(path, **trained_on)
 
     # ---- resume ----
@@ -871,6 +877,7 @@ def parse_args(argv=None):
                      help="do not train, but draw where the student in --out and its teacher "
                           "attend in these images: attention.png in --out")
     args = parser.parse_args(argv)
+    common.refuse_empty_flags(args)
 
     if args.teacher is None and not args.visualize:
         args.teacher = "dino_s8"

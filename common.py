@@ -6,6 +6,7 @@ Nothing here belongs to a paper.
 import argparse
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -166,6 +167,13 @@ def non_negative(text):
 
 def fraction(text):
     return in_range(float(text), 0, 1)
+
+
+def refuse_empty_flags(args):
+    """End the program if a flag has an empty value, as --init "$FILE" has if FILE is not set."""
+    for name, value in vars(args).items():
+        if value == "":
+            fail(f"--{name.replace('_', '-')} is empty")
 
 
 # ------------------------------------------------------------------ images
@@ -443,9 +451,12 @@ def compare_with_training(path, classes, image_size):
     trained_on = saved.get("trained_on") if isinstance(saved, dict) else None
     if not isinstance(trained_on, dict):
         return
-    if classes and trained_on["classes"] and trained_on["classes"] != classes:
-        print0(f"WARNING: {path} learned the classes {listed(trained_on['classes'])}; here they are "
-               f"{listed(classes)}")
+    learned = trained_on["classes"]
+    if classes and learned and learned != classes:
+        pairs = enumerate(itertools.zip_longest(learned, classes, fillvalue="no class"))
+        number, (before, here) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
+        print0(f"WARNING: {path} learned {len(learned)} classes, here are {len(classes)}. The first "
+               f"difference: output {number} was {before}, here it is {here}")
     if trained_on["image_size"] != image_size:
         print0(f"{path} learned from images of {trained_on['image_size']} px, here they have "
                f"{image_size}")
@@ -836,8 +847,8 @@ def save_checkpoint(path, **state):
 
 
 # Flags that may change when a run is resumed: where files lie, how fast the run is, what it prints
-MAY_CHANGE = ("data", "val", "init", "teacher_weights", "workers", "accum", "compile", "out",
-              "resume", "eval_every", "log_every", "demo", "synthesize")
+MAY_CHANGE = ("data", "val", "init", "workers", "accum", "compile", "out", "resume", "eval_every",
+              "log_every", "demo", "synthesize")
 
 
 def open_run(out, resume, settings):
@@ -863,6 +874,9 @@ def open_run(out, resume, settings):
             print0(f"continuing the run in {out}; epochs that are done: {len(checkpoint['log'])}")
     elif resume:
         print0(f"{out} holds no last.pth: this is a new run")
+    elif last.with_name("student.pth").exists():
+        raise InputError(f"{out} already holds a student.pth, which this run would overwrite: choose "
+                         "another folder")
     try:
         if rank() == 0:
             last.parent.mkdir(parents=True, exist_ok=True)

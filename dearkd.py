@@ -61,7 +61,8 @@ import common
 class Aligner(nn.Module):
     """Turns patch tokens into a map like a CNN's, for one hint (our reading).
 
-    forward(tokens (B, N, D)) -> map (B, C_t, g, g); N = g * g patches, C_t channels of the CNN.
+    forward(tokens (B, N, D)) -> map (B, C_t, g, g); N patches in a square grid of g x g, C_t
+    channels of the CNN.
     """
 
     def __init__(self, student_dim, teacher_channels):
@@ -88,6 +89,9 @@ def hint_loss(student_map, teacher_map):
     student_map: (B, C_t, g, g). teacher_map: (B, C_t, h, h); it is averaged to g x g, or enlarged
     bilinearly if it is smaller.
     """
+    for feature_map in (student_map, teacher_map):
+        if feature_map.shape[2] != feature_map.shape[3]:
+            raise ValueError(f"a map of shape {tuple(feature_map.shape)}: it must be square")
     g = student_map.shape[-1]
     mode = "area" if teacher_map.shape[-1] >= g else "bilinear"
     teacher_map = F.interpolate(teacher_map.float(), (g, g), mode=mode)
@@ -621,7 +625,7 @@ def train(args, device):
     # ---- classes and image size of --init, --teacher and a resumed student ----
     trained_on = {"classes": list(train_images.classes), "image_size": args.image_size}
     resumed = f"{args.out}/student.pth" if args.resume else None
-    for path in (args.init, args.teacher, resumed):
+    for path in (args.init, args.teacher, args.teacher_weights, resumed):
         common.compare_with_training(path, **trained_on)
 
     # ---- resume, or measure the teacher ----
@@ -751,6 +755,9 @@ def train_cnn(args, device):
     scaler = torch.amp.GradScaler(device.type, enabled=args.amp == "fp16")
 
     # ---- data ----
+    if args.batch_size < 2 * common.world_size():
+        raise common.InputError(f"--batch-size {args.batch_size}: BatchNorm needs two images or "
+                                "more in each process")
     train_images, val_images = common.load_data(args.data, args.val, args.image_size)
     num_classes = len(train_images.classes)
     indices = common.class_balanced_subset(train_images.targets, args.data_fraction)
@@ -884,7 +891,7 @@ def intra_divergence_loss(features, labels):
     L_bp is 0. d is the Euclidean distance: its gradient does not vanish between near-copies, as
     that of 1 - cosine does.
     """
-    f = F.normalize(features, dim=1)
+    f = F.normalize(features.float(), dim=1)
     is_mate = labels[:, None] == labels                                     # (B, B)
     is_mate.fill_diagonal_(False)
     with torch.no_grad():
@@ -1139,11 +1146,10 @@ def fill_folder(args, device):
     if settings["divergence"] and args.images_per_class < 3:
         common.print0("fewer than 3 images of a class: the intra-divergence loss is 0, so this is "
                       "DeepInversion")
-    common.compare_with_training(args.teacher, class_names if args.val else None, args.image_size)
+    for path in (args.teacher, args.teacher_weights):
+        common.compare_with_training(path, class_names if args.val else None, args.image_size)
     if common.rank() == 0:
-        # --teacher-weights may change when training is resumed. Here another file would mix images.
-        fixed = {**vars(args), **settings, "weights": args.teacher_weights}
-        open_folder(out, args.resume, fixed, class_names)
+        open_folder(out, args.resume, {**vars(args), **settings}, class_names)
     if common.world_size() > 1:
         torch.distributed.barrier()
 
@@ -1352,6 +1358,7 @@ def parse_args(argv=None):
                      help="train a CNN on drawn shapes, then make images from its weights, see "
                           "out/demo-*.png; of the other flags only --workers and --seed count")
     args = parser.parse_args(argv)
+    common.refuse_empty_flags(args)
 
     is_for_student = not (args.train_teacher or args.synthesize)  # a CNN has no patches
     if is_for_student and args.image_size % args.patch_size:
@@ -1368,6 +1375,8 @@ def parse_args(argv=None):
         parser.error("--teacher-weights needs the name of its --teacher, not none")
     if args.synthesize and args.teacher == "none":
         parser.error("--synthesize needs a --teacher")
+    if args.train_teacher and args.teacher_weights:
+        parser.error("--train-teacher takes no --teacher-weights: give its first weights as --init")
     if args.train_teacher and args.accum > 1:
         parser.error("--train-teacher takes no --accum: BatchNorm needs the whole batch")
     if args.mhca_blocks > SIZES[args.student]["depth"]:

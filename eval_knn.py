@@ -134,6 +134,8 @@ def linear_probe(train, test, num_classes):
     """
     features, labels = train
     test_features, test_labels = test
+    if len(labels) < 2:
+        raise common.InputError("a linear probe needs two training images or more")
     held_out = torch.arange(len(labels), device=labels.device) % 10 == 0    # (N,)
     held_out_top1 = {}
     for lr in RATES:
@@ -221,8 +223,8 @@ def load_model(weights, arch, image_size):
     saved = common.load_checkpoint(weights)
     name = saved.get("script") if isinstance(saved, dict) else None
     if name not in ("attndistill", "vitkd", "dearkd"):
-        raise common.InputError(f"{weights} is not a student.pth of attndistill.py, vitkd.py or "
-                                "dearkd.py. For a released ViT also give its name, such as --arch "
+        raise common.InputError(f"{weights} is not the student.pth of a ViT of attndistill.py, "
+                                "vitkd.py or dearkd.py. For a released ViT also give its name, such as --arch "
                                 "dino_s16")
     script = importlib.import_module(name)
     image_size = image_size or saved["arch"]["image_size"]
@@ -250,7 +252,8 @@ def run(args, device):
     transform = common.val_transform(image_size)
     indices = common.class_balanced_subset(train_images.targets, args.data_fraction)
     # The linear probe holds out every tenth image: shuffled, so that these are of all classes
-    indices = indices[torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))]
+    order = torch.randperm(len(indices), generator=torch.Generator().manual_seed(0))
+    indices = indices[order.numpy()]
     train_set = common.Images(train_images, indices, transform, replace_unreadable=False)
     test_set = common.Images(val_images, range(len(val_images)), transform,
                              replace_unreadable=False)
@@ -303,7 +306,9 @@ def parse_args(argv=None):
     parser.add_argument("--amp", choices=common.DTYPES,
                         help="precision of matrix products, off is float32; without this flag the "
                              "fastest that the device computes natively")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    common.refuse_empty_flags(args)
+    return args
 
 
 def main(argv=None):

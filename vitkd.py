@@ -53,7 +53,7 @@ class ViTKDLoss(nn.Module):
 
     forward(student_shallow, student_deep, teacher_shallow, teacher_deep) -> (L_m, L_g), scalars:
         shallow: list of two (B, N, D_s or D_t), patch tokens after blocks 0 and 1
-        deep: (B, N, D_s or D_t), patch tokens after the final norm; N must be a square
+        deep: (B, N, D_s or D_t), patch tokens after the final norm, of a square grid
     Leave the class token out, and run the teacher under torch.no_grad(). Add both terms to the
     cross-entropy. This module has parameters: train them with the student, then drop them.
 
@@ -66,6 +66,8 @@ class ViTKDLoss(nn.Module):
 
     def __init__(self, student_dim, teacher_dim, alpha=3e-5, beta=3e-6, mask_ratio=0.5):
         super().__init__()
+        if not 0 < mask_ratio <= 1:
+            raise ValueError(f"mask_ratio {mask_ratio}: it must be above 0 and at most 1")
         self.alpha = alpha
         self.beta = beta
         self.mask_ratio = mask_ratio
@@ -498,7 +500,7 @@ def train(args, device):
     # ---- classes and image size of --init, --teacher and a resumed student ----
     trained_on = {"classes": list(train_images.classes), "image_size": args.image_size}
     resumed = f"{args.out}/student.pth" if args.resume else None
-    for path in (args.init, args.teacher, resumed):
+    for path in (args.init, args.teacher, args.teacher_weights, resumed):
         common.compare_with_training(path, **trained_on)
 
     # ---- resume, or measure the teacher ----
@@ -724,6 +726,7 @@ def parse_args(argv=None):
                      help="train three small ViTs on drawn shapes, without data, download or GPU; "
                           "of the other flags only --workers and --seed count")
     args = parser.parse_args(argv)
+    common.refuse_empty_flags(args)
 
     if args.teacher == "none" and args.teacher_weights:
         parser.error("--teacher-weights needs the name of its --teacher, not none")

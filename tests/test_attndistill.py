@@ -63,6 +63,13 @@ def test_guidance_and_its_gradient_equal_float64(case, sharpness, T):
     assert (ours - exact).norm() <= 1e-3 * exact.norm()
 
 
+def test_guidance_refuses_whole_attention_matrices():
+    row, matrix = torch.ones(2, 3, 17) / 17, torch.ones(2, 3, 17, 17) / 17
+    for pair in ((row, matrix), (matrix, row)):
+        with pytest.raises(ValueError, match=r"give the class token's rows, \(B, H, 1\+N\)"):
+            attndistill.attention_guidance_loss(*pair)
+
+
 @pytest.mark.parametrize("case", [*CASES, (3, 14, 6, 37)])
 @pytest.mark.parametrize("floor", [0.0, 1e-30])
 def test_peaked_attention_is_finite(case, floor):
@@ -507,7 +514,8 @@ def test_a_folder_beside_the_script_does_not_hide_a_data_set(photos, tmp_path, m
 
 @pytest.mark.parametrize("kind, count", [
     ("photos", 64), ("train/photos", 64), ("train/CLASS without val", 96),
-    ("train/photos and val/photos", 64), ("folders, one called val", 75)])
+    ("train/photos and val/photos", 64), ("folders, one called val", 75),
+    ("folders, one called train", 32)])
 def test_photos_without_labels_train_without_knn(kind, count, teacher, photos, tmp_path, capsys):
     data = tmp_path / "data"
     if kind == "train/CLASS without val":
@@ -515,6 +523,9 @@ def test_photos_without_labels_train_without_knn(kind, count, teacher, photos, t
     elif kind == "folders, one called val":  # 64 images beside 11
         shutil.copytree(photos / "train", data, ignore=shutil.ignore_patterns("cat"))
         shutil.copytree(photos / "val" / "cat", data / "val" / "cat")
+    elif kind == "folders, one called train":
+        shutil.copytree(photos / "train", data)
+        (data / "cat").rename(data / "train")
     else:
         folder = data / "train" if kind.startswith("train") else data
         folder.mkdir(parents=True)
@@ -528,6 +539,8 @@ def test_photos_without_labels_train_without_knn(kind, count, teacher, photos, t
     out = capsys.readouterr().out
     read = data / "train" if (data / "train").is_dir() else data
     assert f"{count} training images in {read}. Without train/CLASS/* and val/CLASS/* " in out
+    warning = f"WARNING: of {data} only train/ is used, not ant, bee\n"
+    assert (warning in out) == (kind == "folders, one called train")
     record, = records(tmp_path / "out")
     assert record["alignment"] > 0
     assert "knn20" not in record

@@ -154,6 +154,13 @@ def test_hint_loss_averages_a_larger_map_of_the_cnn():
     assert dearkd.hint_loss(small, large.bfloat16()).dtype == torch.float32
 
 
+def test_hint_loss_refuses_maps_that_are_not_square():
+    square, wide = torch.zeros(2, 5, 8, 8), torch.zeros(2, 5, 4, 16)
+    for maps in ((square, wide), (wide, square)):
+        with pytest.raises(ValueError, match=r"\(2, 5, 4, 16\): it must be square"):
+            dearkd.hint_loss(*maps)
+
+
 def test_hint_loss_enlarges_a_smaller_map_of_the_cnn():
     ramp = torch.arange(4.0).expand(1, 1, 4, 4)
     row = torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3])
@@ -611,6 +618,10 @@ def test_the_teacher_rests_in_stage_2_and_stays_the_same_bits(teacher, tmp_path,
     (["--mhca-blocks", 7], "--mhca-blocks 7: micro has 6 blocks"),
     (["--images-per-batch", 6], "--images-per-batch must be 7 or more"),
     (["--train-teacher", "resnet18", "--accum", 2], "--train-teacher takes no --accum"),
+    (["--train-teacher", "resnet18", "--teacher-weights", "x.pth"],
+     "--train-teacher takes no --teacher-weights: give its first weights as --init"),
+    (["--train-teacher", "resnet18", "--batch-size", 1],
+     "--batch-size 1: BatchNorm needs two images or more in each process"),
     (["--synthesize", "x", "--teacher", "none"], "--synthesize needs a --teacher"),
     (["--synthesize", "x", "--amp", "fp16"], "--amp fp16 is too coarse"),
     (["--synthesize", "x", "--train-teacher", "resnet18"],
@@ -745,7 +756,10 @@ def brute_force_divergence(features, labels):
 def test_intra_divergence_equals_brute_force(labels):
     features = torch.randn(len(labels), 7, dtype=torch.float64) * 5
     loss = dearkd.intra_divergence_loss(features, torch.tensor(labels))
-    assert loss.item() == pytest.approx(brute_force_divergence(features, labels), abs=1e-12)
+    assert loss.item() == pytest.approx(brute_force_divergence(features, labels), abs=1e-6)
+    coarse = features.bfloat16()  # as a CNN gives them under autocast
+    loss = dearkd.intra_divergence_loss(coarse, torch.tensor(labels))
+    assert loss.item() == pytest.approx(brute_force_divergence(coarse.double(), labels), abs=1e-6)
 
 
 def test_intra_divergence_of_equal_features_has_finite_gradients():
@@ -1040,7 +1054,7 @@ def test_a_synthesis_says_what_it_makes(synthesis, photos, tmp_path, capsys):
          "--val", photos / "val")
     said = capsys.readouterr().out
     assert "intra-divergence loss is 0" not in said
-    assert "cnn.pth learned the classes a, b, c; here they are ant, bee, cat\n" in said
+    assert "cnn.pth learned 3 classes, here are 3. The first difference: output 0 was a, here it is ant\n" in said
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])

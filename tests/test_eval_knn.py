@@ -213,6 +213,16 @@ def test_bad_images_in_a_folder_are_left_out(weights, photos, tmp_path, capfd):
     assert found[0] == found[1] and len(found[0]) == 4
 
 
+def test_one_training_image_is_enough_for_knn(weights, photos, tmp_path, capsys):
+    for split in ("train", "val"):
+        (tmp_path / split / "ant").mkdir(parents=True)
+        shutil.copy(photos / split / "ant" / "000.jpg", tmp_path / split / "ant")
+    words = ["--weights", weights / "vitkd.pth", "--data", tmp_path, "--workers", 0, "--amp", "off"]
+    assert error_of("eval_knn", *words, "--linear") == (
+        "a linear probe needs two training images or more")
+    assert "k-NN, k = 20   top-1 100.00 %" in capsys.readouterr().out
+
+
 def test_wrong_input_is_one_line(tmp_path, weights, photos):
     torch.save({"fc": torch.zeros(1)}, tmp_path / "other.pth")
     saved = common.load_checkpoint(weights / "attndistill.pth")
@@ -223,7 +233,7 @@ def test_wrong_input_is_one_line(tmp_path, weights, photos):
     for words, message in (
             (data, "give a student.pth as --weights, or the name of a released ViT as --arch"),
             ([*data, "--weights", tmp_path / "no.pth"], "no.pth cannot be read: No such file"),
-            ([*data, "--weights", tmp_path / "other.pth"], "not a student.pth of attndistill.py, .*. For a released"),
+            ([*data, "--weights", tmp_path / "other.pth"], "not the student.pth of a ViT of attndistill.py, .*. For a released"),
             ([*data, "--weights", tmp_path / "part.pth"], "it lacks norm.bias"),
             ([*data, "--arch", "dino_s15"], "unknown teacher dino_s15: choose dino_s16"),
             ([*data, "--arch", "mugs_s16"], "mugs_s16 has no download: give its file"),

@@ -59,7 +59,8 @@ def test_a_student_knows_its_classes_and_image_size(photos, teacher, tmp_path, c
         (tmp_path / "photos" / split / "bee").rename(tmp_path / "photos" / split / "wasp")
     other = ["--data", tmp_path / "photos", "--image-size", 32, "--epochs", 1, "--data-fraction",
              0.2, "--teacher"]
-    classes = f"WARNING: {path} learned the classes ant, bee, cat; here they are ant, cat, wasp"
+    classes = (f"WARNING: {path} learned 3 classes, here are 3. The first difference: output 1 was "
+               "bee, here it is cat")
     size = f"{path} learned from images of 16 px, here they have 32"
     main("vitkd", *flags("vitkd", teacher, tmp_path / "again", *other, path, "--init", path))
     lines = capsys.readouterr().out.splitlines()
@@ -416,6 +417,40 @@ def test_resume_refuses_other_settings_and_finished_runs_stay(teacher, tmp_path)
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_a_new_run_does_not_overwrite_a_student(script, teacher, tmp_path):
+    copy = shutil.copy(teacher, tmp_path / "student.pth")
+    assert error_of(script, *flags(script, teacher, tmp_path)) == (
+        f"{tmp_path} already holds a student.pth, which this run would overwrite: choose another "
+        "folder")
+    assert copy.read_bytes() == teacher.read_bytes()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_file_of_a_named_teacher_is_compared_with_the_data_and_the_resumed_run(
+        script, photos, teacher, tmp_path, monkeypatch, capsys):
+    name = {"vitkd": "deit_t", "attndistill": "vit_t", "dearkd": "cifar_resnet20"}[script]
+    if script == "dearkd":
+        network = dearkd.make_cnn(name, num_classes=3)
+    else:
+        sizes = {"dim": 12, "depth": 2, "num_heads": 3}
+        monkeypatch.setitem(importlib.import_module(script).SIZES, name, sizes)
+        network = vitkd.ViT(image_size=16, patch_size=4, num_classes=3, **sizes)
+    file, same = tmp_path / "a.pth", tmp_path / "b.pth"
+    common.save_checkpoint(file, model=network.state_dict(),
+                           trained_on={"classes": ["ant", "bee", "dog"], "image_size": 8})
+    shutil.copy(file, same)
+    words = flags(script, teacher, tmp_path / "run", "--data", photos, "--epochs", 1, "--teacher",
+                  name, "--teacher-weights")
+    main(script, *words, file)
+    out = capsys.readouterr().out
+    assert f"{file} learned from images of 8 px, here they have 16\n" in out
+    difference = "The first difference: output 2 was dog, here it is cat\n"
+    assert (difference in out) == (script != "attndistill")  # which reads no labels
+    said = error_of(script, *words, same, "--resume")
+    assert f"other settings: teacher_weights {same}, before {file}. " in said
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_init_starts_from_a_student_at_any_size_with_a_new_head(script, photos, teacher, tmp_path):
     # attndistill takes vitkd's students
     of = importlib.import_module("dearkd" if script == "dearkd" else "vitkd")
@@ -661,6 +696,8 @@ WRONG = [
     (["--lr", "nan"], r"argument --lr: nan is not between 0 and 1e\+09"),
     (["--epoch", 3], "unrecognized arguments: --epoch 3"),
     (["--out", "/proc/nowhere"], "--out /proc/nowhere: "),
+    (["--out", ""], "--out is empty"),
+    (["--teacher-weights", ""], "--teacher-weights is empty"),
 ]
 
 WRONG_FOR_VITKD = [

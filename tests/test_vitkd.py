@@ -120,6 +120,8 @@ def test_tokens_that_do_not_belong_together_are_refused():
             ((shallow, deep, teacher_shallow, teacher_deep[:, :4]), "no common square grid")):
         with pytest.raises(ValueError, match=message):
             loss(*inputs)
+    with pytest.raises(ValueError, match="mask_ratio 0: it must be above 0"):
+        vitkd.ViTKDLoss(8, 12, mask_ratio=0)
 
 
 def test_loss_is_float32_under_autocast():
