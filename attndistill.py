@@ -567,7 +567,8 @@ def load_data(data, val, image_size):
     photos = train_folder if train_folder.is_dir() else folder
     beside = set(common.class_folders(folder)) - {"train", "val", "test"}
     if photos == train_folder and beside:  # "train" may be one folder of photos among others
-        common.print0(f"WARNING: of {folder} only train/ is used, not {common.listed(sorted(beside))}")
+        others = common.listed(sorted(beside))
+        common.print0(f"WARNING: of {folder} only train/ is used, not {others}")
     images = common.ImageFolder(photos, classes=[""])  # one class: its folder is the whole folder
     if len(images) == 0:
         raise common.InputError(f"--data {data}: there are no images below {photos}")

@@ -453,10 +453,12 @@ def compare_with_training(path, classes, image_size):
         return
     learned = trained_on["classes"]
     if classes and learned and learned != classes:
-        pairs = enumerate(itertools.zip_longest(learned, classes, fillvalue="no class"))
-        number, (before, here) = next(pair for pair in pairs if pair[1][0] != pair[1][1])
-        print0(f"WARNING: {path} learned {len(learned)} classes, here are {len(classes)}. The first "
-               f"difference: output {number} was {before}, here it is {here}")
+        pairs = itertools.zip_longest(learned, classes, fillvalue="no class")
+        for output, (before, here) in enumerate(pairs):
+            if before != here:  # one of a thousand perhaps: name the first
+                break
+        print0(f"WARNING: {path} learned {len(learned)} classes, here are {len(classes)}. First "
+               f"difference: output {output} was {before}, here it is {here}")
     if trained_on["image_size"] != image_size:
         print0(f"{path} learned from images of {trained_on['image_size']} px, here they have "
                f"{image_size}")
@@ -875,8 +877,8 @@ def open_run(out, resume, settings):
     elif resume:
         print0(f"{out} holds no last.pth: this is a new run")
     elif last.with_name("student.pth").exists():
-        raise InputError(f"{out} already holds a student.pth, which this run would overwrite: choose "
-                         "another folder")
+        raise InputError(f"{out} already holds a student.pth, which this run would overwrite: "
+                         "choose another folder")
     try:
         if rank() == 0:
             last.parent.mkdir(parents=True, exist_ok=True)

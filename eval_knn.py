@@ -224,8 +224,8 @@ def load_model(weights, arch, image_size):
     name = saved.get("script") if isinstance(saved, dict) else None
     if name not in ("attndistill", "vitkd", "dearkd"):
         raise common.InputError(f"{weights} is not the student.pth of a ViT of attndistill.py, "
-                                "vitkd.py or dearkd.py. For a released ViT also give its name, such as --arch "
-                                "dino_s16")
+                                "vitkd.py or dearkd.py. For a released ViT also give its name, "
+                                "such as --arch dino_s16")
     script = importlib.import_module(name)
     image_size = image_size or saved["arch"]["image_size"]
     patch_size = saved["arch"]["patch_size"]

@@ -59,7 +59,7 @@ def test_a_student_knows_its_classes_and_image_size(photos, teacher, tmp_path, c
         (tmp_path / "photos" / split / "bee").rename(tmp_path / "photos" / split / "wasp")
     other = ["--data", tmp_path / "photos", "--image-size", 32, "--epochs", 1, "--data-fraction",
              0.2, "--teacher"]
-    classes = (f"WARNING: {path} learned 3 classes, here are 3. The first difference: output 1 was "
+    classes = (f"WARNING: {path} learned 3 classes, here are 3. First difference: output 1 was "
                "bee, here it is cat")
     size = f"{path} learned from images of 16 px, here they have 32"
     main("vitkd", *flags("vitkd", teacher, tmp_path / "again", *other, path, "--init", path))
@@ -444,7 +444,7 @@ def test_the_file_of_a_named_teacher_is_compared_with_the_data_and_the_resumed_r
     main(script, *words, file)
     out = capsys.readouterr().out
     assert f"{file} learned from images of 8 px, here they have 16\n" in out
-    difference = "The first difference: output 2 was dog, here it is cat\n"
+    difference = "First difference: output 2 was dog, here it is cat\n"
     assert (difference in out) == (script != "attndistill")  # which reads no labels
     said = error_of(script, *words, same, "--resume")
     assert f"other settings: teacher_weights {same}, before {file}. " in said
