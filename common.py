@@ -137,7 +137,7 @@ def fail(problem):
     if LOCAL_RANK > 0:
         # Wrong input is wrong in all processes. The first one reports it, then torchrun ends the
         # others, which still sleep here.
-        time.sleep(5)
+        time.sleep(20)
     # An error of a data worker arrives with the worker's traceback in front of its message
     message = str(problem).rpartition("InputError: ")[2]
     one_line = " ".join(message.split())

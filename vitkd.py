@@ -24,10 +24,10 @@ DeiT-T distilled from DeiT III-S on ImageNet-1k, and a demo for a laptop:
     torchrun --nproc_per_node 8 vitkd.py --data data/imagenet --teacher deit3_s --student deit_t
     python vitkd.py --demo
 Top-1 of DeiT-T (paper): 74.42 % alone, 76.06 % with ViTKD, 77.78 % with ViTKD and NKD.
-Measured: micro from a fine-tuned DeiT-T of 91.8 %, 3 epochs of CIFAR-10 at 112 px, batch 64, crop
-and flip only, two or three seeds. Top-1 is 50.2 % alone, 62.8 % with ViTKD, 60.7 % with ViTKD and
-NKD. So in short runs NKD did not add to ViTKD; --no-nkd leaves it out (one AMD EPYC core, bf16 or
-float32, 2026-11-27 and 28; tests/evidence/README.md).
+Measured: micro from a fine-tuned DeiT-T of 92 %, 3 epochs of CIFAR-10 at 112 px, batch 64, crop
+and flip only, three seeds. Top-1 is 50.2 % alone, 62.8 % with ViTKD, 61.1 % with ViTKD and NKD. So
+in short runs NKD did not add to ViTKD; --no-nkd leaves it out (one AMD EPYC core, bf16 or float32,
+2026-11-27 and 28; tests/evidence/README.md).
 """
 
 import argparse
