@@ -457,8 +457,8 @@ def compare_with_training(path, classes, image_size):
         for output, (before, here) in enumerate(pairs):
             if before != here:  # one of a thousand perhaps: name the first
                 break
-        print0(f"WARNING: {path} learned {len(learned)} classes, here are {len(classes)}. First "
-               f"difference: output {output} was {before}, here it is {here}")
+        print0(f"WARNING: {path} learned {len(learned)} classes, here are {len(classes)}")
+        print0(f"First difference: output {output} was {before}, here it is {here}")
     if trained_on["image_size"] != image_size:
         print0(f"{path} learned from images of {trained_on['image_size']} px, here they have "
                f"{image_size}")

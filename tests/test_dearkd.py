@@ -1054,7 +1054,7 @@ def test_a_synthesis_says_what_it_makes(synthesis, photos, tmp_path, capsys):
          "--val", photos / "val")
     said = capsys.readouterr().out
     assert "intra-divergence loss is 0" not in said
-    assert "cnn.pth learned 3 classes, here are 3. First difference: output 0 was a, here it is ant\n" in said
+    assert "cnn.pth learned 3 classes, here are 3\nFirst difference: output 0 was a, here it is ant\n" in said
 
 
 @pytest.mark.parametrize("resume", [[], ["--resume"]])
