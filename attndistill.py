@@ -10,23 +10,23 @@ the summary came from. Therefore
     the teacher's does. The two may differ in patch grid and number of heads.
 
 Formulas, constants and recipe are the authors' (paper and released code). Ours:
-  - the last block and the projector run for the class token alone;
+  - the last block and the projector run only for the class token;
   - the teacher's attention to register tokens is left out;
-  - where a resized attention is negative, it becomes 1e-8 before its row is scaled to its sum;
+  - resized attention to a patch is at least 1e-8, and the patches of a head keep their sum;
   - tokens and position embedding have no weight decay;
-  - the learning rate is scaled by the root of the batch size;
+  - the learning rate grows with the square root of the batch size, theirs with the batch size;
   - warm-up takes at most a tenth of the run;
-  - mixed precision is bf16 where the device has it, theirs is fp16;
+  - mixed precision is bf16 where the device has it; theirs is fp16;
   - the projector's first LayerNorm is the student's final norm, so that the student is a plain ViT.
 
-The paper's pair, DINO's ViT-S/8 and a ViT-S/16, which has a quarter of the patches, and a demo for
+A pair of the paper, from DINO's ViT-S/8 to a ViT-S/16 with a quarter of the patches; and a demo for
 a laptop:
     torchrun --nproc_per_node 8 attndistill.py --teacher dino_s8 --student vit_s
     python attndistill.py --demo
-Measured: what guidance adds to k-NN top-1 on CIFAR-10 (one AMD EPYC core, bf16 or float32,
-2026-11-25 to 28; tests/evidence/README.md). From a weak teacher: 50.7 -> 51.4 %, deviation 0.2,
-three seeds. From ImageNet's DeiT-T: 49.9 (0.8) -> 52.9 (0.2) %, three seeds. On
-Tiny-ImageNet-20 its gain is within the deviation.
+Measured: k-NN top-1 of students in percent, alignment alone -> with guidance, mean and (deviation)
+of three seeds, on CIFAR-10: from a weak teacher 50.7 (0.2) -> 51.4 (0.2), from ImageNet's DeiT-T
+49.9 (0.8) -> 52.9 (0.2). On Tiny-ImageNet-20 the gain is within the deviation. (One AMD EPYC core,
+bf16 or float32, 2026-11-25 to 28; tests/evidence/README.md)
 """
 
 import argparse
@@ -49,12 +49,12 @@ import common
 
 
 def attention_guidance_loss(student_attn, teacher_attn, temperature=10.0):
-    """L_a, the KL divergence of class-token attentions (arXiv 2210.00944, section 3), a scalar.
+    """L_a = KL(teacher || student) between attentions, a scalar (arXiv 2210.00944, section 3).
 
-    It is the sum over heads and the mean over images. student_attn (B, H_s, 1+N_s), teacher_attn
-    (B, H_t, 1+N_t): probabilities over the class token itself, which comes first, and the patches,
-    which must be a square grid. temperature: the paper's T, which softens the product of all heads
-    if student and teacher have different numbers of them.
+    It is summed over heads and averaged over images. student_attn (B, H_s, 1+N_s), teacher_attn
+    (B, H_t, 1+N_t): how the class token attends to itself, which comes first, and to the patches of
+    a square grid; each row sums to 1. temperature: the paper's T, which softens the product of all
+    heads if student and teacher have different numbers of them.
     """
     if student_attn.ndim != 3 or teacher_attn.ndim != 3:
         raise ValueError(f"attention of shapes {tuple(student_attn.shape)} and "
@@ -82,15 +82,17 @@ def resize_attention(attn, grid):
     own = attn[..., :1]                                                     # (B, H, 1)
     patches = attn[..., 1:].unflatten(2, (g, g))                            # (B, H, g, g)
     patches = F.interpolate(patches, (grid, grid), mode="bicubic").flatten(2)
-    patches = patches.clamp(min=1e-8)  # bicubic weights can be negative, and so can the result
+    # Bicubic weights can be negative, and so can the result. Such a patch has no true value: any
+    # small number will do.
+    patches = patches.clamp(min=1e-8)
     patches = patches * (1 - own) / patches.sum(2, keepdim=True)
     return torch.cat([own, patches], 2)
 
 
 def merge_heads(attn, temperature):
     """Merge heads into one, (B, H, 1+N) -> (B, 1, 1+N): softmax(1/T * sum over h of log a_h)."""
-    # The floor keeps log(0) finite. It must be tiny: where attention is sharp, a probability may be
-    # less than 1e-8, and a floor there would change it.
+    # The floor keeps log(0) finite. It is far below 1e-8, because a true probability may be less
+    # than that where attention is sharp, and would be changed.
     log_attn = attn.clamp(min=1e-30).log().sum(1, keepdim=True)
     return (log_attn / temperature).softmax(2)
 
@@ -305,13 +307,13 @@ def fold_normalization(weights, mean, std):
     }
 
 
-# How teachers' authors resize a position embedding from g x g to grid x grid, as arguments of
-# F.interpolate. "tenth": they add 0.1 to the grid, so that it is not rounded down. The result has
-# the same size as "plain", and slightly different values.
+# How teachers' authors resize a position embedding from old x old to new x new, as arguments of
+# F.interpolate. "tenth": they add 0.1 to the new grid, so that it is not rounded down. The result
+# has the same size as "plain", and slightly different values.
 RESIZE = {
-    "plain": lambda g, grid: {"size": (grid, grid)},
-    "tenth": lambda g, grid: {"scale_factor": (grid + 0.1) / g},
-    "antialiased": lambda g, grid: {"size": (grid, grid), "antialias": True},
+    "plain": lambda old, new: {"size": (new, new)},
+    "tenth": lambda old, new: {"scale_factor": (new + 0.1) / old},
+    "antialiased": lambda old, new: {"size": (new, new), "antialias": True},
 }
 
 
@@ -333,14 +335,14 @@ def resize_position(pos_embed, grid, resize="plain"):
     return torch.cat([class_token, patches], 1)
 
 
-# What released files hold beside the ViT, by the start of the name. All else is an error.
+# What released files hold besides the ViT, by the start of the name. All else is an error.
 LEFT_OUT = (
     "head.",            # a classifier, or the projection head of DINO, iBOT, MoCo v3
     "mask_token",       # DINOv2, DINOv3, MAE
     "masked_embed",     # iBOT
     "decoder_",         # MAE
     "relation_blocks.",  # Mugs
-    "local_cls_norm.",  # DINOv3 for satellite images: used in training alone
+    "local_cls_norm.",  # DINOv3 for satellite images: used only in its training
 )
 
 
@@ -392,13 +394,15 @@ def load_weights(vit, state, source, resize="plain"):
 
 # ------------------------------------------------------------------ the teacher
 
-# size: a key of SIZES. The patch size is read from the weights.
-# file: path below https://dl.fbaipublicfiles.com/. A teacher without it needs --teacher-weights.
-# vit: further arguments of ViT. resize: a key of RESIZE, "plain" if left out.
-# mean, std: of the images that the ViT was made for, where they are not ImageNet's.
 REGISTERS = {"num_registers": 4}
 DINOV3 = {"num_registers": 4, "rope": True, "eps": 1e-5}
 HALF = (0.5, 0.5, 0.5)
+
+# Each row:
+#   size: a key of SIZES. The patch size is read from the weights.
+#   file: path below https://dl.fbaipublicfiles.com/. A teacher without it needs --teacher-weights.
+#   vit: further arguments of ViT. resize: a key of RESIZE, "plain" if left out.
+#   mean, std: of the images that the ViT was made for, where they are not ImageNet's.
 TEACHERS = {
     "dino_s16": {"size": "vit_s", "resize": "tenth",
                  "file": "dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"},
@@ -457,7 +461,7 @@ TEACHERS = {
 
 
 def find_teacher(name, weights):
-    """Return (file or address of the weights, sizes of the ViT, row of TEACHERS or {})."""
+    """Return (file or address of the weights, arguments of ViT, row of TEACHERS or {})."""
     if name in TEACHERS:
         row = TEACHERS[name]
         if not weights and "file" not in row:
@@ -489,28 +493,28 @@ def load_teacher(name, weights=None, image_size=224):
     of a student.pth of attndistill.py or vitkd.py. The patch size is that of the weights. Raises
     common.InputError, a ValueError, if the name is unknown or the file does not fit.
     """
-    source, sizes, row = find_teacher(name, weights)
-    rope = sizes.get("rope", False)
-    weights = common.read_weights(source)
-    if rope and "pos_embed" in weights:
+    source, arch, row = find_teacher(name, weights)
+    rope = arch.get("rope", False)
+    state = common.read_weights(source)
+    if rope and "pos_embed" in state:
         raise common.InputError(f"{source} has a position embedding, so it is not a DINOv3: choose "
                                 "the name of its model")
-    if "local_cls_norm.weight" in weights and "mean" not in row:
+    if "local_cls_norm.weight" in state and "mean" not in row:
         common.print0(f"WARNING: {source} was trained on satellite images, with a normalisation of "
                       "their own: choose dinov3_l16_sat")
-    state = prepare_weights(weights, rope)
-    patches = state["patch_embed.proj.weight"]                              # (D, 3, P, P)
-    if patches.ndim != 4 or patches.shape[1] != 3 or "patch_embed.proj.bias" not in state:
+    state = prepare_weights(state, rope)
+    kernel = state["patch_embed.proj.weight"]                               # (D, 3, P, P)
+    if kernel.ndim != 4 or kernel.shape[1] != 3 or "patch_embed.proj.bias" not in state:
         raise common.InputError(f"{source}: patch_embed.proj must be a convolution of RGB images "
                                 "with a bias")
     if "mean" in row:
         state = fold_normalization(state, row["mean"], row["std"])
 
-    patch_size = patches.shape[-1]
+    patch_size = kernel.shape[-1]
     if image_size % patch_size:
         raise common.InputError(f"image size {image_size} is not a multiple of the patch size "
                                 f"{patch_size} of {source}")
-    arch = {**sizes, "image_size": image_size, "patch_size": patch_size, "num_classes": 0}
+    arch = {**arch, "image_size": image_size, "patch_size": patch_size, "num_classes": 0}
     teacher = ViT(**arch)
     if rope:  # files without the periods keep those of the formula
         state = {**teacher.rope_embed.state_dict(prefix="rope_embed."), **state}
@@ -524,8 +528,9 @@ def load_teacher(name, weights=None, image_size=224):
 class Distillation(nn.Module):
     """Everything that is trained, in one module for one DistributedDataParallel.
 
-    forward(images, teacher_features) -> {name: loss term}; the loss is their sum.
-    teacher_features: what the teacher's class_token_and_attention(images) returns.
+    forward(images, teacher_features) -> {name: loss term}; the loss is their sum. The term
+    "guidance" is lambda_a * L_a. teacher_features: what the teacher's
+    class_token_and_attention(images) returns.
     """
 
     def __init__(self, student, project, lambda_a=0.1):
@@ -559,16 +564,15 @@ def load_data(data, val, image_size):
     folder = Path(data)
     train_folder = folder / "train"
     val_folder = folder / "val"
-    # --val asks for labels. What is no folder is an error, which common.load_data reports.
+    # --val asks for labels. If `data` is not a folder, common.load_data reports the error.
     if val or data in common.NAMED_DATA or not folder.is_dir():
         return common.load_data(data, val, image_size)
     if all(part.is_dir() and common.class_folders(part) for part in (train_folder, val_folder)):
         return common.load_data(data, val, image_size)
     photos = train_folder if train_folder.is_dir() else folder
-    beside = set(common.class_folders(folder)) - {"train", "val", "test"}
-    if photos == train_folder and beside:  # "train" may be one folder of photos among others
-        others = common.listed(sorted(beside))
-        common.print0(f"WARNING: of {folder} only train/ is used, not {others}")
+    others = sorted(set(common.class_folders(folder)) - {"train", "val", "test"})
+    if photos == train_folder and others:  # "train" may be one folder of photos among others
+        common.print0(f"WARNING: of {folder} only train/ is used, not {common.listed(others)}")
     images = common.ImageFolder(photos, classes=[""])  # one class: its folder is the whole folder
     if len(images) == 0:
         raise common.InputError(f"--data {data}: there are no images below {photos}")
@@ -703,7 +707,8 @@ def train(args, device):
                 skipped_steps += 1
                 bad_steps_in_a_row += 1
                 if bad_steps_in_a_row == 20:
-                    raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
+                    raise common.InputError("20 steps in a row had no finite gradients: lower "
+                                            "--lr, or add --amp off")
             scaler.update()
             optimizer.zero_grad()
 
@@ -720,7 +725,7 @@ def train(args, device):
             "peak_memory_gb": common.peak_memory_gb(),
         }
         if val_set and epoch == 0:
-            # Weights under a wrong name can load and compute something else: see it early
+            # Weights under the wrong teacher's name can load and compute nonsense: this shows it
             record["teacher_knn20"] = knn_top1(teacher)
         if val_set and ((epoch + 1) % args.eval_every == 0 or epoch + 1 == args.epochs):
             record["knn20"] = knn_top1(student)
@@ -754,7 +759,7 @@ def visualize(args, device):
     _, arch, _ = find_teacher(student_file, weights=None)
     image_size = arch["image_size"]
     transform = common.val_transform(image_size)
-    student = load_teacher(student_file, None, image_size).to(device)
+    student = load_teacher(student_file, None, image_size).to(device)  # it loads any student.pth
 
     name = args.teacher
     weights = args.teacher_weights
@@ -906,7 +911,7 @@ def demo(args, device):
     of_teacher = ("--teacher none --epochs 4 --label-smoothing 0 --mixup 0 --cutmix 0 "
                   "--rand-augment 0 --random-erasing 0")
     runs = {
-        "untrained": "--epochs 1 --lr 0 --data-fraction 0.1",
+        "untrained": "--epochs 1 --lr 0",
         "alignment": "--epochs 1 --lambda-a 0",
         "alignment + guidance": "--epochs 1 --lambda-a 0.1",
     }

@@ -528,7 +528,7 @@ def val_loader(dataset, batch_size, workers):
 
 # ------------------------------------------------------------------ other people's weights
 
-# Types that training checkpoints hold beside tensors, such as NumPy's numbers. Loading them runs no
+# Types that training checkpoints hold besides tensors, such as NumPy's numbers. Loading them runs no
 # code. A pair is (type or function, its name in the file): NumPy 2 and Python 3.13 have renamed
 # modules, and a Windows path is read as a path of this system.
 HARMLESS = [

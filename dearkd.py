@@ -3,33 +3,35 @@
 Chen et al., "DearKD: Data-Efficient Early Knowledge Distillation for Vision Transformers",
 arXiv 2204.12997 (CVPR 2022).
 
-A CNN learns from few images, since each of its neurons sees near pixels alone. A ViT attends
-anywhere: from many images it learns more, from few less. So the CNN teaches it at first:
+A CNN learns from few images, since each of its neurons sees only nearby pixels. A ViT attends
+anywhere: with many images it learns more than a CNN, with few it learns less. So the CNN teaches it
+at first:
   - stage 1: early blocks learn the CNN's early maps (hints), the distillation token learns the
     class that the CNN sees. Multi-head convolutional attention (MHCA), attention with a learned
-    position term, lets these blocks start as convolutions;
-  - stage 2: only labels. The CNN does not run, and no hint keeps attention near any more.
-DF-DearKD uses no real image: noise is optimised until the CNN sees a class in it and BatchNorm its
-usual statistics. The intra-divergence loss keeps the images of a class apart.
+    position term, lets these blocks start out local, as convolutions are;
+  - stage 2: only labels. The CNN does not run, and no hint holds attention to neighbours any more.
+DF-DearKD uses no real image: noise is optimised until the CNN recognises a class in it, and the
+inputs of its BatchNorms have their usual mean and variance. The intra-divergence loss keeps the
+images of a class apart.
 
-The paper's, whose code was never released: two stages, MHCA with dropout, an aligner, mean squared
-error on early features, hard labels for DeiT's distillation token, the idea of the intra-divergence
-loss. Ours: all formulas and defaults that fill in these words, and soft labels. DeepInversion
-(arXiv 1912.08795, code released) is its authors', except where the settings CIFAR below say so. The
-recipe is ViTKD's version of DeiT's. DeiT itself has 5 epochs of warm-up, stochastic depth 0.1 for
-every student, repeated augmentation and no clipping. RandAugment is without SolarizeAdd
-(torchvision has none).
+The paper's code was never released. From the paper: two stages, MHCA with dropout, an aligner, mean
+squared error on early features, hard labels for DeiT's distillation token, the idea of the
+intra-divergence loss. Ours: all formulas and defaults that fill in these words, and soft labels.
+DeepInversion (arXiv 1912.08795) follows its authors' code, except where the comment on CIFAR below
+says otherwise. The recipe is ViTKD's version of DeiT's. DeiT itself has 5 epochs of warm-up,
+stochastic depth 0.1 for every student, repeated augmentation and no clipping. RandAugment is
+without SolarizeAdd (torchvision has none).
 
 DeiT-T with RegNetY-16GF as teacher on ImageNet-1k, and demos for a laptop:
     torchrun --nproc_per_node 8 dearkd.py --data data/imagenet --student deit_t
     python dearkd.py --demo                  # or --demo-data-free
 Top-1 of DeiT-T (paper): 72.2 % alone, 74.8 % with DearKD.
 Measured: CIFAR-10, mean (deviation) of two or three seeds. From half of the images, in 4 epochs,
-micro has 51.1 (1.4) % alone and 68.0 (0.3) with ResNet-56 as teacher. With --soft 4, too, it has
-69.2 (0.3). From a quarter of the images it has 58.0 (0.6) with the teacher. In other runs it has
-41.2 (0.3) from 2,000 images that DeepInversion made, and 42.8 (1.7) with DF-DearKD, which is within
-the deviation. One core of an Intel Xeon or AMD EPYC a run, bf16, 2026-11-27 and 28;
-tests/evidence/README.md.
+micro has 51.1 (1.4) % alone and 68.0 (0.3) with ResNet-56 as teacher, 69.2 (0.3) with --soft 4 as
+well. From a quarter of the images it has 58.0 (0.6) with the teacher. Without real images, in one
+stage with --soft 4 --alpha 1, it has 41.2 (0.3) from 2,000 images of DeepInversion and 42.8 (1.7)
+from 2,000 of DF-DearKD, a difference within the deviation; with the defaults 36.1 (one seed). Each
+run had one core of an Intel Xeon or AMD EPYC, in bf16, 2026-11-27 and 28; tests/evidence/README.md.
 """
 
 import argparse
@@ -78,7 +80,7 @@ class Aligner(nn.Module):
         x = tokens.transpose(1, 2).reshape(B, D, g, g)
         x = self.depthwise(x)                                               # (B, D, g, g)
         x = self.norm(x.permute(0, 2, 3, 1))                                # (B, g, g, D)
-        # A CNN's stage ends in a ReLU, so its map has no negative values
+        # A CNN's stage ends in a ReLU: its map has no negative values, and GELU gives hardly any
         x = F.gelu(self.linear(x))                                          # (B, g, g, C_t)
         return x.permute(0, 3, 1, 2)                                        # (B, C_t, g, g)
 
@@ -101,7 +103,8 @@ def hint_loss(student_map, teacher_map):
 def soft_loss(student_logits, teacher_logits, temperature):
     """KL(teacher || student), a scalar, mean over images: for --soft (ours). Logits are (B, C).
 
-    The distributions are softmax(logits / T). Gradients shrink as 1 / T^2: the factor undoes it.
+    The distributions are softmax(logits / T). Gradients shrink as 1 / T^2; the factor T^2 undoes
+    this.
     """
     log_p_s = (student_logits.float() / temperature).log_softmax(1)
     log_p_t = (teacher_logits.float() / temperature).log_softmax(1)
@@ -234,7 +237,8 @@ class ViT(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def features(self, images, after=()):
-        """Return (hidden, (class logits, distillation logits)); logits are (B, C) each.
+        """Return (hidden, (class logits, distillation logits)); logits are (B, C) each, or the
+        normed tokens (B, D) if num_classes = 0.
 
         hidden: {block: patch tokens (B, N, D) after it}, for the blocks in `after`, counted from 0.
         """
@@ -367,7 +371,7 @@ CNNS = {
     **dict.fromkeys(models.list_models(models, ["regnet*"]), models.RegNet),
 }
 
-# stages: the modules that end them, each in a ReLU.
+# stages: the modules whose outputs are the maps. Each ends in a ReLU.
 # landmark: a weight by which common.read_weights finds such a CNN in somebody's checkpoint.
 KINDS = {
     CifarResNet: {
@@ -492,6 +496,7 @@ class Distillation(nn.Module):
     """Everything that is trained, in one module for one DistributedDataParallel.
 
     forward(images, target, teacher_features) -> {name: loss term}; the loss is their sum.
+    target: labels (B,), or (B, C) from MixUp and CutMix.
     teacher_features: what the teacher's features(images) returns; None in stage 2.
     hints: [(block, stage), ...], an aligner for each. Blocks count from 0, stages from 1.
     soft: temperature of soft labels; None or 0: the teacher's class is a hard label.
@@ -523,10 +528,11 @@ class Distillation(nn.Module):
             return losses
 
         # Stage 1: (1 - alpha) CE(class logits, y) + alpha L_logits + beta * sum of L_h, where
-        # L_logits compares the distillation logits with the CNN's class, or with its distribution
+        # L_logits is CE(distillation logits, the CNN's class), or with `soft` the mean KL of both
+        # heads from the CNN's distribution
         maps, teacher_logits = teacher_features
         losses["ce"] = (1 - self.alpha) * cls_ce
-        if self.soft:  # both heads learn the teacher's distribution
+        if self.soft:
             cls_kl = soft_loss(cls_logits, teacher_logits, self.soft)
             dist_kl = soft_loss(dist_logits, teacher_logits, self.soft)
             losses["logits"] = self.alpha * (cls_kl + dist_kl) / 2
@@ -654,7 +660,8 @@ def train(args, device):
         # A student alone is in stage 2 from the start
         stage = 1 if teacher and epoch < args.stage1_epochs else 2
         if ddp is None or epoch == args.stage1_epochs:
-            # DDP waits for a gradient of each parameter that requires one when DDP is made
+            # DDP expects a gradient of each parameter that requires one when DDP is made. In stage
+            # 2 the aligners get none: they are switched off, and DDP is made anew.
             aligners.requires_grad_(stage == 1)
             ddp = DDP(model, gradient_as_bucket_view=True) if common.world_size() > 1 else model
 
@@ -708,7 +715,8 @@ def train(args, device):
                 skipped_steps += 1
                 bad_steps_in_a_row += 1
                 if bad_steps_in_a_row == 20:
-                    raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
+                    raise common.InputError("20 steps in a row had no finite gradients: lower "
+                                            "--lr, or add --amp off")
             scaler.update()
             optimizer.zero_grad()
 
@@ -817,6 +825,7 @@ def train_cnn(args, device):
                 group["lr"] = lr
 
             # ---- forward and backward ----
+            statistics = [buffer.clone() for buffer in cnn.buffers()]
             with autocast:
                 logits = ddp(images)
             loss = F.cross_entropy(logits.float(), target, label_smoothing=args.label_smoothing)
@@ -830,10 +839,13 @@ def train_cnn(args, device):
                 scaler.step(optimizer)
                 bad_steps_in_a_row = 0
             else:
+                for buffer, before in zip(cnn.buffers(), statistics):
+                    buffer.copy_(before)  # BatchNorm's averages would keep a NaN for ever
                 skipped_steps += 1
                 bad_steps_in_a_row += 1
                 if bad_steps_in_a_row == 20:
-                    raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
+                    raise common.InputError("20 steps in a row had no finite gradients: lower "
+                                            "--lr, or add --amp off")
             scaler.update()
             optimizer.zero_grad()
 
@@ -878,7 +890,7 @@ def train_cnn(args, device):
 #     + bn * sum_l w_l (||mean_l(x) - mean_l|| + ||var_l(x) - var_l||)
 #                              the input of BatchNorm l has the mean and variance of real images
 #     + divergence * L_bp      images of a class differ: DF-DearKD; without it DeepInversion
-# L_bp, the paper's boundary-preserving intra-divergence loss, comes first.
+# The next function is L_bp, the paper's boundary-preserving intra-divergence loss.
 
 
 def intra_divergence_loss(features, labels):
@@ -888,8 +900,8 @@ def intra_divergence_loss(features, labels):
     pushed apart. The farthest one, h, marks the boundary of the class and is fixed in this term:
         L_bp = mean_i max(0, stopgrad(d_ih) - d_ie)
     The mean is over images with two class-mates or more: with fewer than three images of each class
-    L_bp is 0. d is the Euclidean distance: its gradient does not vanish between near-copies, as
-    that of 1 - cosine does.
+    L_bp is 0. d is the Euclidean distance: unlike that of 1 - cosine, its gradient does not vanish
+    between near-copies.
     """
     f = F.normalize(features.float(), dim=1)
     is_mate = labels[:, None] == labels                                     # (B, B)
@@ -940,7 +952,7 @@ def batch_norm_loss(inputs, first_weight=10.0):
 
 
 class Observer(nn.Module):
-    """A Teacher that also tells how unlike real images its BatchNorms find what they see.
+    """A Teacher that also measures how far its BatchNorms' inputs are from those of real images.
 
     forward(images (B, 3, S, S), first_weight of batch_norm_loss, autocast of the teacher) ->
     features before the classifier (B, D), logits (B, C), batch_norm_loss. It is a module of its own
@@ -969,7 +981,7 @@ class Observer(nn.Module):
 
 
 # Above 64 px. All but divergence are DeepInversion's for ImageNet, tuned on torchvision's first
-# weights of ResNet-50 (V1). What has a flag of the same name can be set there.
+# weights of ResNet-50 (V1). Flags of the same names replace them.
 IMAGENET = {
     "half_steps": 2000,      # steps in which the CNN sees the images average-pooled by 2
     "steps": 1000,           # then steps at full size
@@ -979,14 +991,14 @@ IMAGENET = {
     "l2": 1e-5,
     "bn": 0.01,
     "first_bn": 10.0,        # w_0, the weight of the first BatchNorm; the others have 1
-    "jitter": 30,            # in each step images of full size are rolled by up to so many pixels
+    "jitter": 30,            # in each step images of full size are rolled by up to 30 pixels
     "divergence": 1.0,
 }
 
 # Up to 64 px. image_lr, betas, l2 and jitter are DeepInversion's for CIFAR-10. Ours are divergence,
-# bn (theirs: 10 or 100), first_bn (theirs: 1) and tv (theirs: 2.5e-5 to 1e-3), chosen by what other
-# networks see in the images (tests/evidence/README.md). Schedule, clipping and flips, too, are
-# those of ImageNet: theirs for CIFAR-10 has none of them.
+# bn (theirs: 10 or 100), first_bn (theirs: 1) and tv (theirs: 2.5e-5 to 1e-3), chosen by how well
+# other networks recognise the images (tests/evidence/README.md). Schedule, clipping and flips, too,
+# are those of IMAGENET: their code for CIFAR-10 has none of them.
 CIFAR = {
     "half_steps": 0,
     "steps": 2000,
@@ -1027,7 +1039,8 @@ def synthesize(teacher, labels, image_size, *, half_steps, steps, image_lr, beta
         optimizer = torch.optim.Adam([images], image_lr, betas)
         for step in range(num_steps):
             # ---- learning rate: warm-up over 100 steps, at most a tenth of all; then cosine ----
-            # For this function a step is an epoch. In its middle the rate is never 0.
+            # common.learning_rate counts epochs, here steps. At the start of step 0 the rate would
+            # be 0, hence the middle of each step.
             optimizer.param_groups[0]["lr"] = common.learning_rate(
                 step + 0.5, num_steps, image_lr, min_lr=0, warmup_epochs=100)
 
@@ -1066,7 +1079,7 @@ def synthesize(teacher, labels, image_size, *, half_steps, steps, image_lr, beta
 def plan_batches(num_classes, images_per_class, batch_size, seed):
     """Return the batches, lists of (class, number). Each image is in one of them.
 
-    At least four images of a class are together, if it has so many: L_bp compares class-mates.
+    At least four images of a class are together, if it has that many: L_bp compares class-mates.
     """
     # Groups of 4 to 7 images of a class, or of all if there are fewer; classes in random order
     generator = np.random.default_rng(seed)
@@ -1088,7 +1101,7 @@ def plan_batches(num_classes, images_per_class, batch_size, seed):
 
 
 def open_folder(out, resume, settings, class_names):
-    """Make out/train/CLASS, or continue there. Never mix with images that this did not make."""
+    """Make out/train/CLASS, or continue there. Refuse a folder of images from elsewhere."""
     train_folder = out / "train"
     is_ours = (out / "last.pth").exists()
     if not is_ours and train_folder.exists() and any(train_folder.iterdir()):
@@ -1259,12 +1272,12 @@ def parse_args(argv=None):
                       help="stage 1: weight of the loss against the teacher's class; that against "
                            "the labels has 1 - alpha (%(default)s)")
     loss.add_argument("--beta", type=common.non_negative, default=10.0,
-                      help="stage 1: weight of the loss against the CNN's maps, whose scale is "
-                           "the CNN's: look at hints beside ce in the log (%(default)s)")
+                      help="stage 1: weight of the hints. Their scale differs from CNN to CNN: "
+                           "compare hints with ce in the log (%(default)s)")
     loss.add_argument("--soft", type=common.non_negative, metavar="T",
                       help="learn the teacher's distribution at this temperature instead of its "
-                           "class, with both heads; 4 was better in short runs; --alpha 1 then "
-                           "leaves out the labels (off)")
+                           "class, with both heads; in short runs 4 was better than the class; "
+                           "--alpha 1 then leaves out the labels (off)")
 
     recipe = parser.add_argument_group("recipe")
     recipe.add_argument("--batch-size", type=common.positive_int, default=1024,
@@ -1389,6 +1402,10 @@ def parse_args(argv=None):
         args.stage1_epochs = round(args.epochs * 5 / 6)
     if args.stage1_epochs > args.epochs:
         parser.error(f"--stage1-epochs {args.stage1_epochs} is more than --epochs {args.epochs}")
+    has_teacher = is_for_student and args.teacher != "none"
+    if has_teacher and args.alpha == 1 and not args.soft and args.stage1_epochs == args.epochs:
+        parser.error("--alpha 1 without a second stage: the class token would learn nothing; add "
+                     "--soft, or lower --alpha or --stage1-epochs")
     if args.lr is None:
         args.lr = 1e-3 * math.sqrt(args.batch_size / 1024)
     if args.drop_path is None:
@@ -1438,7 +1455,7 @@ def demo_data_free(args, device):
         raise common.InputError("--demo-data-free runs in one process, without torchrun")
     shared = (f"{DEMO} --workers {args.workers} --seed {args.seed} "
               "--train-teacher cifar_resnet20 --epochs 1")
-    # Few steps. The shapes are flat: three times the total variation for photos
+    # Few steps. The shapes are flat: three times the weight that total variation has for photos
     made = f"--image-size 24 --images-per-class 12 --steps 150 --tv 0.01 --seed {args.seed}"
     divergence = {"DeepInversion": "0", "DF-DearKD": "1"}
     table = []

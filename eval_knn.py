@@ -3,9 +3,9 @@
 The feature of an image is the ViT's class token after the final norm. Two classifiers read it:
   - weighted k-NN (the protocol of DINO, arXiv 2104.14294, section 4.1): the k training images most
     similar by cosine vote for their class, each with weight exp(similarity / 0.07);
-  - with --linear, softmax regression. Its learning rate is chosen on a tenth of the training
-    features that training does not see, then it is trained on all of them. The validation images
-    only measure the result.
+  - with --linear, softmax regression. Its learning rate is chosen on a held-out tenth of the
+    training features; then the classifier is trained on all of them. The validation images only
+    measure the result.
 
     python eval_knn.py --weights out/attndistill/student.pth --data data/imagenet
     torchrun --nproc_per_node 8 eval_knn.py --arch dino_s16 --data data/imagenet --linear
@@ -25,8 +25,8 @@ import common
 KS = (10, 20, 100, 200)  # DINO's numbers of neighbours
 RATES = (0.01, 0.03, 0.1, 0.3, 1.0)  # learning rates of the linear probe, of which one is chosen
 
-# Numbers of 4 bytes that a chunk of test images may take in knn_predict: 1 GiB. Larger chunks are
-# not faster.
+# Memory of a chunk of test images in knn_predict, counted in numbers of 4 bytes: 2^28 of them are
+# 1 GiB. Larger chunks are not faster.
 WORKSPACE = 2**28
 
 # ------------------------------------------------------------------ k-NN
@@ -39,16 +39,16 @@ def knn_predict(train_features, train_labels, test_features, ks=KS, temperature=
 
     train_features (N, D), test_features (N_test, D): of any float type, normalised here.
     train_labels (N,). A k above N takes all N. Classes without a vote come last, in any order.
-    Needs about 1.5 GiB beside the features.
+    Needs about 1.5 GiB besides the features.
     """
     N = len(train_features)
     device = train_features.device
     num_classes = num_classes or int(train_labels.max()) + 1
-    most = min(max(ks), N)  # the neighbours of the largest k contain those of the others
+    max_k = min(max(ks), N)  # the neighbours of the largest k contain those of the others
 
     # Each test image takes N similarities, 12 numbers for a neighbour (index, label and vote have 8
     # bytes each, and some are copied), and 4 for a class (its score and a copy)
-    chunk = max(1, WORKSPACE // (N + 12 * most + 4 * num_classes))
+    chunk = max(1, WORKSPACE // (N + 12 * max_k + 4 * num_classes))
     predictions = {k: [] for k in ks}
     for test in test_features.split(chunk):
         test = F.normalize(test.float(), dim=1)                             # (n, D)
@@ -57,12 +57,12 @@ def knn_predict(train_features, train_labels, test_features, ks=KS, temperature=
             part = slice(start, start + 2**16)
             train = F.normalize(train_features[part].float(), dim=1)
             torch.mm(test, train.T, out=similarity[:, part])
-        best, neighbours = similarity.topk(most, dim=1)                     # (n, most), best first
+        best, neighbours = similarity.topk(max_k, dim=1)                    # (n, max_k), best first
 
         # Relative to the best neighbour, whose vote is 1: exp(1 / temperature) may overflow. In
         # double precision the order in which votes are added hardly matters.
         votes = ((best - best[:, :1]).double() / temperature).exp()
-        labels = train_labels[neighbours]                                   # (n, most)
+        labels = train_labels[neighbours]                                   # (n, max_k)
         for k, parts in predictions.items():
             scores = torch.zeros(len(test), num_classes, dtype=torch.float64, device=device)
             scores.scatter_add_(1, labels[:, :k], votes[:, :k])             # (n, C)

@@ -337,7 +337,7 @@ TEACHERS = {
 
 
 def find_teacher(name, weights):
-    """Return (file or address of the weights, sizes of the ViT, row of TEACHERS or {})."""
+    """Return (file or address of the weights, arguments of ViT, row of TEACHERS or {})."""
     if name in TEACHERS:
         row = TEACHERS[name]
         if not weights and not row["file"]:
@@ -364,16 +364,16 @@ def load_teacher(name, weights=None, num_classes=1000, image_size=224):
     of a student.pth. The patch size is that of the weights. Raises common.InputError, a
     ValueError, if the name is unknown or the file does not fit.
     """
-    source, sizes, row = find_teacher(name, weights)
+    source, arch, row = find_teacher(name, weights)
     state = fold_layer_scale(common.read_weights(source))
-    patches = state["patch_embed.proj.weight"]                              # (D, 3, P, P)
-    if patches.ndim != 4 or patches.shape[1] != 3 or "patch_embed.proj.bias" not in state:
+    kernel = state["patch_embed.proj.weight"]                               # (D, 3, P, P)
+    if kernel.ndim != 4 or kernel.shape[1] != 3 or "patch_embed.proj.bias" not in state:
         raise common.InputError(f"{source}: patch_embed.proj must be a convolution of RGB images "
                                 "with a bias")
     if "mean" in row:
         state = fold_normalization(state, row["mean"], row["std"])
 
-    patch_size = patches.shape[-1]
+    patch_size = kernel.shape[-1]
     if image_size % patch_size:
         raise common.InputError(f"image size {image_size} is not a multiple of the patch size "
                                 f"{patch_size} of {source}")
@@ -385,7 +385,7 @@ def load_teacher(name, weights=None, num_classes=1000, image_size=224):
             f"the teacher has {teacher_classes} classes, the data {num_classes}: see 'An ImageNet "
             "teacher for some of its classes' in README.md")
 
-    arch = {**sizes, "image_size": image_size, "patch_size": patch_size, "num_classes": num_classes}
+    arch = {**arch, "image_size": image_size, "patch_size": patch_size, "num_classes": num_classes}
     teacher = ViT(**arch)
     load_weights(teacher, state, source)
     return teacher.requires_grad_(False).eval()
@@ -580,7 +580,8 @@ def train(args, device):
                 skipped_steps += 1
                 bad_steps_in_a_row += 1
                 if bad_steps_in_a_row == 20:
-                    raise common.InputError("20 steps in a row had no finite gradients: lower --lr")
+                    raise common.InputError("20 steps in a row had no finite gradients: lower "
+                                            "--lr, or add --amp off")
             scaler.update()
             optimizer.zero_grad()
 
