@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import distributed as dist
-from torch.optim.swa_utils import AveragedModel
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler
 from torchvision import datasets
 from torchvision.transforms import InterpolationMode, v2
@@ -78,6 +78,8 @@ def init_processes():
         torch.cuda.set_device(device)
         # Training batches have one size: time cuDNN's kernels in the first step, take the fastest
         torch.backends.cudnn.benchmark = True
+        # float32 means float32: by default torch computes convolutions in TF32, linear layers not
+        torch.backends.cudnn.allow_tf32 = False
     if "RANK" in os.environ and not dist.is_initialized():
         # An hour: processes wait for a download, and for the last images of --synthesize
         dist.init_process_group(backend, timeout=datetime.timedelta(hours=1),
@@ -805,12 +807,13 @@ def moving_average(model, max_decay):
     with decay = min(max_decay, (1 + n) / (10 + n)) after n updates. A constant 0.99996 would keep
     92 % of the first, random weights after 2,000 steps. max_decay 0 makes a plain copy.
     """
-    def update(averages, weights, num_updates):
-        decay = ((1 + num_updates) / (10 + num_updates)).clamp(max=max_decay)
-        for average, weight in zip(averages, weights):
-            average.lerp_(weight, 1 - decay)
+    def update(averages, weights, _):
+        n = int(average.n_averaged)  # on the CPU, so that this does not wait for a GPU
+        decay = min(max_decay, (1 + n) / (10 + n))
+        get_ema_multi_avg_fn(decay)(averages, weights, n)
 
-    return AveragedModel(model, multi_avg_fn=update)
+    average = AveragedModel(model, multi_avg_fn=update)
+    return average
 
 
 # ------------------------------------------------------------------ evaluation, checkpoints, log

@@ -15,6 +15,7 @@ a large matrix product in the same precision.
 import argparse
 import copy
 import ctypes
+import gc
 import math
 import shutil
 import statistics
@@ -51,6 +52,7 @@ def alternate(ways, rounds):
     """Return ({way: [seconds of each round]}, {way: peak GiB}) of {way: function}."""
     seconds, peak = {way: [] for way in ways}, {}
     for way, call in ways.items():  # warms up
+        gc.collect()  # models of the row before
         ctypes.CDLL(None).malloc_trim(0)  # what is free goes back to the system
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM, the peak of the process
         if DEVICE.type == "cuda":
@@ -219,6 +221,14 @@ ROWS = {
 NOT_COMPILED = ("knn", "photos", "photos_augmented")
 
 
+def matrix_rate(dtype):
+    """Return the FLOP/s of a large matrix product."""
+    n = 16384 if DEVICE.type == "cuda" else 4096
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=dtype) for _ in range(2))
+    seconds, _ = alternate({"product": lambda: a @ b}, 10)
+    return 2 * n**3 / min(seconds["product"])
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("rows", nargs="*", help=f"of {', '.join(ROWS)} (all)")
@@ -229,10 +239,9 @@ def main():
     args.amp = args.amp or common.best_precision(DEVICE)
     common.describe_run(DEVICE, args.amp)
     common.choose_attention_kernel(DEVICE, args.amp)
+    torch.backends.cudnn.benchmark = True  # as common.init_processes does
     DTYPES["ours"] = {"bf16": torch.bfloat16, "fp16": torch.half, "off": torch.float}[args.amp]
-    n = 16384 if DEVICE.type == "cuda" else 4096
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=DTYPES["ours"]) for _ in range(2))
-    rate = 2 * n**3 / min(alternate({"": lambda: a @ b}, 10)[0][""])
+    rate = matrix_rate(DTYPES["ours"])
     print(f"{time.strftime('%Y-%m-%d')}, {torch.get_num_threads()} threads, {args.rounds} rounds; "
           f"a matrix product, amp {args.amp}, makes {rate / 1e9:.0f} GFLOP/s\n\n"
           "| row | images/s plain | ours | ours / plain | GiB plain | ours | share |\n"

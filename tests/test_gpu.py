@@ -87,11 +87,16 @@ def test_training_on_a_gpu(script, more, teacher, tmp_path, capsys):
 
 @needs_gpu
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_resume_and_torchrun_on_a_gpu(script, teacher, tmp_path):
-    words = flags(script, teacher, tmp_path, "--epochs", 2, "--amp", "bf16", "--workers", 2)
+@pytest.mark.parametrize("more", ["", "--compile"])
+def test_resume_and_torchrun_on_a_gpu(script, more, teacher, tmp_path):
+    words = flags(script, teacher, tmp_path, "--epochs", 2, "--amp", "bf16", "--workers", 2,
+                  "--accum", 2, *more.split())
     if script != "attndistill":
-        words += ["--ema-decay", "0.9"]
-    run("torchrun", "--nproc_per_node", 1, f"{script}.py", *words)
+        words += "--ema-decay 0.9 --mixup 0.8 --cutmix 1".split()
+    if script == "dearkd":
+        words += ["--stage1-epochs", "1"]
+    # Two GPUs, if there are so many, exchange gradients
+    run("torchrun", "--nproc_per_node", min(2, torch.cuda.device_count()), f"{script}.py", *words)
     last = common.load_checkpoint(tmp_path / "last.pth")
     last["log"] = last["log"][:1]  # as if the second epoch were still to come
     common.save_checkpoint(tmp_path / "last.pth", **last)

@@ -241,6 +241,12 @@ def one_step(script, teacher, out, *more):
                  "--clip-grad", 0, *own, *more)
 
 
+def first_moment(out):
+    """Return AdamW's first moment as one vector. After one step it is a tenth of the gradient."""
+    state = common.load_checkpoint(out / "last.pth")["optimizer"]["state"].values()
+    return torch.cat([tensors["exp_avg"].flatten() for tensors in state])
+
+
 def knn_flags(teacher, photos):
     return ["--weights", teacher, "--data", photos, "--workers", 0, "--amp", "off", "--batch-size",
             8, "--linear"]
@@ -291,13 +297,11 @@ def two_processes(teacher, photos, tmp_path_factory):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_processes_and_chunks_give_the_gradient_of_one_batch(
         script, teacher, two_processes, tmp_path):
-    """After one step AdamW's first moment is a tenth of the gradient: compare those."""
     main(script, *one_step(script, teacher, tmp_path / "whole"))
     main(script, *one_step(script, teacher, tmp_path / "chunks", "--accum", 4))
     losses, moments = [], []
     for out in (tmp_path / "whole", tmp_path / "chunks", two_processes / script):
-        state = common.load_checkpoint(out / "last.pth")["optimizer"]["state"].values()
-        moments.append(torch.cat([tensors["exp_avg"].flatten() for tensors in state]))
+        moments.append(first_moment(out))
         losses.append(records(out)[0])
     assert losses[0]["skipped_steps"] == 0
     same = losses[0].keys() - {
@@ -788,6 +792,17 @@ def test_demo(demo):
     table = out.rpartition("\n\n")[2].splitlines()  # the teacher, a baseline, ..., the method
     numbers = [float(line.strip(" %").split()[-1]) for line in table]
     assert numbers[-1] > 1.05 * numbers[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_two_compiled_processes_train_as_one_that_is_not(script, teacher, tmp_path):
+    more = ["--epochs", 2, "--stage1-epochs", 1] if script == "dearkd" else []
+    main(script, *one_step(script, teacher, tmp_path / "one", *more))
+    run("torchrun", "--nproc_per_node", 2, f"{script}.py",
+        *one_step(script, teacher, tmp_path / "two", "--accum", 2, "--compile", *more))
+    one, two = (first_moment(tmp_path / out) for out in ("one", "two"))
+    assert (two - one).norm() <= 1e-3 * one.norm()
 
 
 @pytest.mark.slow
