@@ -911,7 +911,7 @@ def demo(args, device):
     of_teacher = ("--teacher none --epochs 4 --label-smoothing 0 --mixup 0 --cutmix 0 "
                   "--rand-augment 0 --random-erasing 0")
     runs = {
-        "untrained": "--epochs 1 --lr 0",
+        "untrained": "--epochs 1 --lr 0 --batch-size 1000",
         "alignment": "--epochs 1 --lambda-a 0",
         "alignment + guidance": "--epochs 1 --lambda-a 0.1",
     }

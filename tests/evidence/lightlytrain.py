@@ -33,7 +33,7 @@ PRECISION = "bf16-mixed" if BF16 else "32-true"
 SETTINGS = {
     "tiny": {"data": "data/tiny_imagenet20", "image_size": 64, "batch_size": 128, "epochs": 4,
              "precision": "32-true"},
-    "cifar": {"data": "data/cifar10", "image_size": 112, "batch_size": 64, "epochs": 3,
+    "cifar": {"data": "data/cifar10", "image_size": 112, "batch_size": 64, "epochs": 1,
               "precision": PRECISION}}
 
 
