@@ -12,7 +12,7 @@ the summary came from. Therefore
 Formulas, constants and recipe are the authors' (paper and released code). Ours:
   - the last block and the projector run only for the class token;
   - the teacher's attention to register tokens is left out;
-  - resized attention to a patch is at least 1e-8, and the patches of a head keep their sum;
+  - resized attention below 1e-8 becomes 1e-8; then the patches of a head get their old sum again;
   - tokens and position embedding have no weight decay;
   - the learning rate grows with the square root of the batch size, theirs with the batch size;
   - warm-up takes at most a tenth of the run;

@@ -28,10 +28,11 @@ DeiT-T with RegNetY-16GF as teacher on ImageNet-1k, and demos for a laptop:
 Top-1 of DeiT-T (paper): 72.2 % alone, 74.8 % with DearKD.
 Measured: CIFAR-10, mean (deviation) of two or three seeds. From half of the images, in 4 epochs,
 micro has 51.1 (1.4) % alone and 68.0 (0.3) with ResNet-56 as teacher, 69.2 (0.3) with --soft 4 as
-well. From a quarter of the images it has 58.0 (0.6) with the teacher. Without real images, in one
-stage with --soft 4 --alpha 1, it has 41.2 (0.3) from 2,000 images of DeepInversion and 42.8 (1.7)
-from 2,000 of DF-DearKD, a difference within the deviation; with the defaults 36.1 (one seed). Each
-run had one core of an Intel Xeon or AMD EPYC, in bf16, 2026-11-27 and 28; tests/evidence/README.md.
+well. From a quarter of the images it has 58.0 (0.6) with the teacher. Without real images it learns
+from 2,000 made ones, in one stage with --soft 4 --alpha 1: from DeepInversion's it has 41.2 (0.3),
+from DF-DearKD's 42.8 (1.7). This difference is within the deviation. With the default loss it has
+36.1 from DF-DearKD's (one seed). Each run had one core of an Intel Xeon or AMD EPYC, in bf16,
+2026-11-27 and 28; tests/evidence/README.md.
 """
 
 import argparse
